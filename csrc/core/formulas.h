@@ -1,0 +1,94 @@
+// Batch norm's formulas, each written once (Ioffe and Szegedy 2015, "Batch Normalization", sections 3 and 3.1).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/params.h"
+#include "core/welford.h"
+
+namespace batchnorm_ext {
+
+// a * b + c rounded once. Vector types of a backend bring their own overload.
+BN_HOST_DEVICE float multiply_add(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+BN_HOST_DEVICE double multiply_add(double a, double b, double c) {
+  return std::fma(a, b, c);
+}
+
+BN_HOST_DEVICE double inverse_std(double variance, double eps) {
+  return 1.0 / std::sqrt(variance + eps);
+}
+
+// Biased: what normalises. NaN and infinite m2 pass through.
+BN_HOST_DEVICE double variance_of(const Moments<double>& moments) {
+  return moments.m2 / static_cast<double>(moments.count);
+}
+
+// y = (x - mean) * scale + shift for one channel. `mean` is rounded to A; what rounding dropped is in `shift`, so a
+// mean far larger than the deviation costs no accuracy. Never folded to x * a + b, which cancels.
+template <class A>
+struct NormalizeCoefficients {
+  A mean, scale, shift;
+
+  template <class V>
+  BN_HOST_DEVICE V operator()(V x) const {
+    return multiply_add(x - V(mean), V(scale), V(shift));
+  }
+};
+
+template <class A>
+BN_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, double inv_std, double weight,
+                                                               double bias) {
+  const double scale = inv_std * weight;
+  const A rounded = static_cast<A>(mean);
+  const double residue = mean - static_cast<double>(rounded);
+  // An infinite mean has no residue to carry over (inf - inf is NaN, but the output must be torch's).
+  return {rounded, static_cast<A>(scale), static_cast<A>(residue == residue ? bias - residue * scale : bias)};
+}
+
+// dx = dy_scale * (dy - mean_dy) - x_scale * (x - mean) for one channel: the gradient of the normalised output through
+// x, the batch mean and the batch variance. With running statistics only the first term, with mean_dy = 0, remains.
+template <class A>
+struct InputGradientCoefficients {
+  A mean, dy_scale, mean_dy, x_scale;
+
+  template <class V>
+  BN_HOST_DEVICE V operator()(V dy, V x) const {
+    return multiply_add(V(mean) - x, V(x_scale), (dy - V(mean_dy)) * V(dy_scale));
+  }
+  template <class V>
+  BN_HOST_DEVICE V operator()(V dy) const {  // running statistics
+    return dy * V(dy_scale);
+  }
+};
+
+// sum_dy = sum(dy); sum_dy_xhat = sum(dy * (x - mean)) * inv_std, the gradients of bias and weight.
+template <class A>
+BN_HOST_DEVICE InputGradientCoefficients<A> input_gradient_coefficients(A mean, A inv_std, A weight, double sum_dy,
+                                                                        double sum_dy_xhat, int64_t samples) {
+  const double dy_scale = static_cast<double>(inv_std) * static_cast<double>(weight);
+  const double count = static_cast<double>(samples);
+  return {mean, static_cast<A>(dy_scale), static_cast<A>(sum_dy / count),
+          static_cast<A>(dy_scale * static_cast<double>(inv_std) * (sum_dy_xhat / count))};
+}
+
+// The weight of this batch in the running statistics. `batches` counts this batch too.
+BN_HOST_DEVICE double running_momentum(const RunningStatistics& running, int64_t batches) {
+  return running.cumulative ? 1.0 / static_cast<double>(batches) : running.momentum;
+}
+
+// running = (1 - momentum) * running + momentum * batch, with the unbiased variance. A single sample has no unbiased
+// variance: the division gives NaN or infinity, as torch's does.
+BN_HOST_DEVICE void update_running_statistics(const RunningStatistics& running, int64_t channel,
+                                              const Moments<double>& moments, double momentum) {
+  const double unbiased = moments.m2 / static_cast<double>(moments.count - 1);
+  const double finite_if_zero = (moments.mean - moments.mean) + (unbiased - unbiased);
+  if (running.skip_nonfinite && finite_if_zero != 0.0) return;
+  running.mean.store(channel, (1.0 - momentum) * running.mean.load(channel, 0.0) + momentum * moments.mean);
+  running.variance.store(channel, (1.0 - momentum) * running.variance.load(channel, 0.0) + momentum * unbiased);
+}
+
+}  // namespace batchnorm_ext

@@ -1,0 +1,112 @@
+// What a batch norm call is, as plain pointers and sizes: the contract between the bindings and every backend.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace batchnorm_ext {
+
+// Every dense tensor is [outer][channels][inner] in memory order, whatever its rank: the channel dimension has some
+// dense block of dimensions outside it and some inside it, and statistics do not depend on the order within a channel.
+//   contiguous (N, C, ...):     outer = N,           inner = product of the spatial sizes
+//   channels_last and (N, C):   outer = N * spatial, inner = 1
+struct Shape {
+  int64_t outer, channels, inner;
+
+  BN_HOST_DEVICE int64_t samples() const { return outer * inner; }
+  BN_HOST_DEVICE int64_t elements() const { return outer * channels * inner; }
+};
+
+// One value per channel, read in whichever type the caller keeps it. A null vector reads as its default.
+struct ChannelVector {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+
+  template <class A>
+  BN_HOST_DEVICE A load(int64_t channel, A if_null) const {
+    if (data == nullptr) return if_null;
+    switch (dtype) {
+      case DType::float64:
+        return static_cast<A>(static_cast<const double*>(data)[channel]);
+      case DType::float32:
+        return static_cast<A>(static_cast<const float*>(data)[channel]);
+      case DType::float16:
+        return static_cast<A>(widen(static_cast<const float16*>(data)[channel]));
+      default:
+        return static_cast<A>(widen(static_cast<const bfloat16*>(data)[channel]));
+    }
+  }
+};
+
+// As ChannelVector, writable; storing to a null vector does nothing.
+struct MutableChannelVector {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+
+  template <class A>
+  BN_HOST_DEVICE A load(int64_t channel, A if_null) const {
+    return ChannelVector{data, dtype}.load<A>(channel, if_null);
+  }
+
+  template <class A>
+  BN_HOST_DEVICE void store(int64_t channel, A value) const {
+    if (data == nullptr) return;
+    switch (dtype) {
+      case DType::float64:
+        static_cast<double*>(data)[channel] = static_cast<double>(value);
+        return;
+      case DType::float32:
+        static_cast<float*>(data)[channel] = static_cast<float>(value);
+        return;
+      case DType::float16:
+        static_cast<float16*>(data)[channel] = narrow<float16>(static_cast<float>(value));
+        return;
+      default:
+        static_cast<bfloat16*>(data)[channel] = narrow<bfloat16>(static_cast<float>(value));
+        return;
+    }
+  }
+};
+
+// The running statistics and how one batch changes them. All pointers may be null.
+struct RunningStatistics {
+  MutableChannelVector mean, variance;
+  int64_t* num_batches_tracked = nullptr;  // incremented once by a training forward
+  double momentum = 0.0;                   // weight of the new batch; unused when cumulative
+  bool cumulative = false;                 // momentum is 1 / num_batches_tracked after the increment
+  bool skip_nonfinite = false;             // a channel with a non-finite batch mean or variance keeps its old values
+};
+
+// Training (batch_statistics): statistics of x normalise, are saved, and update `running`.
+// Evaluation: `running` mean and variance normalise and are only read.
+// x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type.
+struct ForwardParams {
+  Shape shape;
+  DType dtype;  // of x and y
+  const void* x;
+  void* y;
+  ChannelVector weight, bias;  // null: 1 and 0
+  RunningStatistics running;
+  double eps;
+  bool batch_statistics;
+  void* mean;
+  void* inv_std;
+};
+
+// Gradients of the forward call; null outputs are not computed. x may be null when only dbias, or in evaluation only
+// dx and dbias, are asked for.
+struct BackwardParams {
+  Shape shape;
+  DType dtype;  // of x, dy and dx
+  const void* dy;
+  const void* x;
+  void* dx;
+  ChannelVector weight;  // null: 1
+  const void* mean;
+  const void* inv_std;
+  MutableChannelVector dweight, dbias;
+  bool batch_statistics;
+};
+
+}  // namespace batchnorm_ext

@@ -1,0 +1,26 @@
+// The CPU backend's whole interface: two calls, run on threads that the caller provides.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "core/params.h"
+
+namespace batchnorm_ext::cpu {
+
+// The caller's thread pool. run(n, task) calls task(i) once for each i in [0, n), on up to `threads` threads at once,
+// and returns when all are done; a task never throws.
+struct Executor {
+  int threads;
+  std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)> run;
+};
+
+// Results depend on the values and executor.threads only, to the bit.
+void forward(const ForwardParams& params, const Executor& executor);
+void backward(const BackwardParams& params, const Executor& executor);
+
+// "avx512", "avx2" or "baseline": what this process runs, capped by the environment variable ATEN_CPU_CAPABILITY
+// ("default", "avx2", "avx512") as torch's own kernels are.
+const char* instruction_set();
+
+}  // namespace batchnorm_ext::cpu
