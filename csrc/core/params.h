@@ -78,6 +78,8 @@ struct RunningStatistics {
   bool skip_nonfinite = false;             // a channel with a non-finite batch mean or variance keeps its old values
 };
 
+// Pointers to tensors are aligned to their element size only, and x, y, dy and dx each in their own way.
+
 // Training (batch_statistics): statistics of x normalise, are saved, and update `running`.
 // Evaluation: `running` mean and variance normalise and are only read.
 // x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type.

@@ -1,0 +1,28 @@
+# Types of the native module; tests hold this file against the module itself.
+import torch
+from torch import Tensor
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    training: bool,
+    need_dx: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def build_info() -> dict[str, str]: ...

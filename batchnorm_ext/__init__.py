@@ -1,0 +1,27 @@
+"""Batch normalisation for PyTorch with fused native kernels; a drop-in for `torch.nn.BatchNorm1d/2d/3d`.
+
+>>> import torch, batchnorm_ext
+>>> layer = batchnorm_ext.BatchNorm2d(64)                  # instead of torch.nn.BatchNorm2d
+>>> model = batchnorm_ext.convert_batchnorm(model)         # or a whole model, in place  # doctest: +SKIP
+"""
+
+from . import functional
+from ._extension import load
+from ._version import __version__
+from .autograd import BatchNormFunction
+from .convert import convert_batchnorm, freeze_batchnorm, revert_batchnorm, unfreeze_batchnorm
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormFunction",
+    "__version__",
+    "convert_batchnorm",
+    "freeze_batchnorm",
+    "functional",
+    "load",
+    "revert_batchnorm",
+    "unfreeze_batchnorm",
+]

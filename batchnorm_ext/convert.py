@@ -1,0 +1,134 @@
+"""Turns torch's batch norm modules inside a model into this package's, and back; freezes them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+
+__all__ = ["convert_batchnorm", "freeze_batchnorm", "revert_batchnorm", "unfreeze_batchnorm"]
+
+_M = TypeVar("_M", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_LAZY: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.LazyBatchNorm1d: BatchNorm1d,
+    nn.LazyBatchNorm2d: BatchNorm2d,
+    nn.LazyBatchNorm3d: BatchNorm3d,
+}
+
+
+def convert_batchnorm(module: _M) -> _M:
+    """Make every `torch.nn.BatchNorm1d/2d/3d` in `module`, and `module` itself if it is one, one of this package.
+
+    Each module object stays the same object: its parameters, buffers, hooks, training and requires_grad flags, and
+    every reference to it (shared modules too) are untouched; only its class changes, to a subclass of what it was.
+    Lazy modules become this package's when they materialise. Classes derived from torch's are left alone, since they
+    may have a forward of their own.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module` itself.
+    """
+    for child in module.modules():
+        if type(child) in _OURS:
+            child.__class__ = _OURS[type(child)]
+        elif type(child) in _LAZY:
+            child.cls_to_become = _LAZY[type(child)]  # type: ignore[assignment]
+    return module
+
+
+def revert_batchnorm(module: _M) -> _M:
+    """Undo `convert_batchnorm`: every batch norm of this package in `module` becomes torch's, the same object.
+
+    What torch's modules cannot do is given up: a frozen module stays in evaluation mode only until the next
+    ``train()``, with a warning, and `skip_nonfinite` is dropped, with a warning.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module` itself.
+    """
+    for name, child in module.named_modules():
+        if type(child) in _LAZY:
+            child.__dict__.pop("cls_to_become", None)
+        if type(child) not in _TORCHS:
+            continue
+        lost = [
+            feature
+            for feature, used in (
+                ("freeze()", child.frozen),
+                ("skip_nonfinite", child.skip_nonfinite),
+            )
+            if used
+        ]
+        if lost:
+            warnings.warn(
+                f"{name or type(child).__name__}: torch.nn has no {' or '.join(lost)}; dropped",
+                stacklevel=2,
+            )
+        for attribute in _BatchNorm.__annotations__:
+            child.__dict__.pop(attribute, None)
+        child.__class__ = _TORCHS[type(child)]
+    return module
+
+
+def freeze_batchnorm(module: _M, affine: bool = False) -> _M:
+    """Freeze every batch norm in `module`: running statistics are used and not updated, also after ``train()``.
+
+    Torch's own batch norm modules cannot stay frozen and are converted first, as by `convert_batchnorm`. Modules
+    without running statistics have nothing to freeze and stay as they are.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Changed in place.
+    affine : bool
+        Also stop gradients of the weights and biases.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module` itself; `unfreeze_batchnorm` undoes it.
+    """
+    for child in _ours(convert_batchnorm(module)):
+        if child.running_mean is not None:
+            child.freeze(affine=affine)
+    return module
+
+
+def unfreeze_batchnorm(module: _M) -> _M:
+    """Undo `freeze_batchnorm`, in place: each batch norm returns to the mode last asked for.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module` itself.
+    """
+    for child in _ours(module):
+        child.unfreeze()
+    return module
+
+
+def _ours(module: nn.Module) -> Iterator[_BatchNorm]:
+    return (child for child in module.modules() if isinstance(child, _BatchNorm))

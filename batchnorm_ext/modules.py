@@ -1,0 +1,173 @@
+"""Batch norm modules: subclasses of torch's that run this package's kernels and can stay frozen."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .functional import batch_norm_with_counter
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+_Self = TypeVar("_Self", bound="_BatchNorm")
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the modules of this package add to torch's.
+
+    The instance attributes below have their defaults on the class, so that a torch module turned into one of these
+    (`convert_batchnorm`), or unpickled from before they existed, needs none of them.
+    """
+
+    skip_nonfinite: bool = False
+    _frozen: bool = False
+    _training_when_unfrozen: bool | None = None
+    _requires_grad_when_unfrozen: dict[str, bool] | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        skip_nonfinite: bool = False,
+        **bias: bool,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
+        )
+        if skip_nonfinite:
+            self.skip_nonfinite = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
+        self._check_input_dim(input)
+        training = self.training
+        if training and not self.track_running_stats:
+            # The flag was cleared after construction: the buffers stay, unread and unwritten.
+            running_mean = running_var = num_batches_tracked = None
+        else:
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
+        momentum = self.momentum
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0
+        return batch_norm_with_counter(
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            num_batches_tracked,
+            training or (running_mean is None and running_var is None),
+            momentum,
+            self.eps,
+            self.skip_nonfinite,
+        )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` is in force."""
+        return self._frozen
+
+    def freeze(self: _Self, affine: bool = False) -> _Self:
+        """Normalise with the running statistics, and leave them alone, whatever `train` is called with.
+
+        Parameters
+        ----------
+        affine : bool
+            Also stop gradients of weight and bias. Backward then keeps nothing but vectors of shape (C,).
+
+        Returns
+        -------
+        The module itself. `unfreeze` undoes it.
+
+        Raises
+        ------
+        RuntimeError
+            The module has no running statistics to normalise with.
+        """
+        if self.running_mean is None or self.running_var is None:
+            raise RuntimeError(
+                "freeze() needs running statistics, but this module was made with track_running_stats=False"
+            )
+        if not self._frozen:
+            self._training_when_unfrozen = self.training
+            self._requires_grad_when_unfrozen = {}
+            self._frozen = True
+        if affine and self._requires_grad_when_unfrozen is not None:
+            for name, parameter in self.named_parameters(recurse=False):
+                self._requires_grad_when_unfrozen.setdefault(name, parameter.requires_grad)
+                parameter.requires_grad_(False)
+        super().train(False)
+        return self
+
+    def unfreeze(self: _Self) -> _Self:
+        """Undo `freeze`: the mode that `train` last asked for, and the parameters' former requires_grad flags."""
+        if not self._frozen:
+            return self
+        training = bool(self._training_when_unfrozen)
+        requires_grad = self._requires_grad_when_unfrozen or {}
+        for name in ("_frozen", "_training_when_unfrozen", "_requires_grad_when_unfrozen"):
+            delattr(self, name)
+        for name, flag in requires_grad.items():
+            getattr(self, name).requires_grad_(flag)
+        super().train(training)
+        return self
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Set training mode, as `torch.nn.Module.train`; a frozen module remembers it for `unfreeze`."""
+        if self._frozen:
+            self._training_when_unfrozen = mode
+            return super().train(False)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Return torch's description, and what differs from it."""
+        additions = [
+            f", {name}=True"
+            for name, value in (("skip_nonfinite", self.skip_nonfinite), ("frozen", self._frozen))
+            if value
+        ]
+        return super().extra_repr() + "".join(additions)
+
+
+_DIFFERENCES = """
+
+    Constructor, state_dict, errors and results are those of :class:`torch.nn.{name}`, which it subclasses.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels, C.
+    eps, momentum, affine, track_running_stats, device, dtype
+        As in torch; also ``bias`` (keyword) where the installed torch has it.
+    skip_nonfinite : bool, keyword-only
+        Leave the running statistics of a channel alone when its batch mean or variance is not finite.
+
+    Shape: input and output {shapes}.
+    """
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = "Batch normalisation of (N, C) or (N, C, L) inputs." + _DIFFERENCES.format(
+        name="BatchNorm1d", shapes="(N, C) or (N, C, L)"
+    )
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    __doc__ = "Batch normalisation of (N, C, H, W) inputs." + _DIFFERENCES.format(
+        name="BatchNorm2d", shapes="(N, C, H, W)"
+    )
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = "Batch normalisation of (N, C, D, H, W) inputs." + _DIFFERENCES.format(
+        name="BatchNorm3d", shapes="(N, C, D, H, W)"
+    )
