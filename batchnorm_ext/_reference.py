@@ -99,7 +99,7 @@ def _update_running_statistics(
     skip_nonfinite: bool,
 ) -> None:
     for running, batch in ((running_mean, mean), (running_var, unbiased_variance)):
-        updated = running * (1 - momentum) + batch * momentum
+        updated = running.to(torch.float64) * (1 - momentum) + batch * momentum
         if skip_nonfinite:
             finite = mean.isfinite() & unbiased_variance.isfinite()
             updated = torch.where(finite, updated, running.to(updated.dtype))
