@@ -1,0 +1,127 @@
+// Batch norm on tensors: arguments checked before anything is allocated, then one call of the device's backend.
+#include "bindings/batch_norm.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+#include "bindings/device_call.h"
+
+namespace batchnorm_ext::bindings {
+namespace {
+
+Tensor checked_counter(const OptionalTensor& counter, const Tensor& input) {
+  if (!counter.has_value() || !counter->defined()) return {};
+  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
+              "num_batches_tracked must be one value of type Long, got shape ", counter->sizes(), " of type ",
+              c10::toString(counter->scalar_type()));
+  TORCH_CHECK(counter->device() == input.device(), "num_batches_tracked must be on ", input.device(),
+              " (the device of input), got ", counter->device());
+  return *counter;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight_arg,
+                                           const OptionalTensor& bias_arg, const OptionalTensor& running_mean_arg,
+                                           const OptionalTensor& running_var_arg, const OptionalTensor& counter_arg,
+                                           bool training, std::optional<double> momentum, double eps,
+                                           bool skip_nonfinite) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t channels = channels_of(input);
+  const DType dtype = dtype_of(input.scalar_type());
+  check_device(input);
+  const Tensor running_mean = checked_channel_vector("running_mean", running_mean_arg, input);
+  const Tensor running_var = checked_channel_vector("running_var", running_var_arg, input);
+  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, input));
+  const Tensor bias = contiguous_or_undefined(checked_channel_vector("bias", bias_arg, input));
+  const Tensor counter = checked_counter(counter_arg, input);
+  TORCH_CHECK(training || running_mean.defined(), "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(training || running_var.defined(), "running_var must be defined in evaluation mode");
+  TORCH_CHECK(momentum.has_value() || !training || !running_mean.defined() || counter.defined(),
+              "momentum=None needs num_batches_tracked");
+
+  const Tensor x = dense(input);
+  const Tensor y = at::empty_like(x);
+  const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
+  const Tensor mean = at::empty({channels}, statistics);
+  const Tensor inv_std = at::empty({channels}, statistics);
+  const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
+
+  ForwardParams params;
+  params.shape = shape_of(x);
+  params.dtype = dtype;
+  params.x = x.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  params.weight = channel_vector(weight);
+  params.bias = channel_vector(bias);
+  params.running.mean = mutable_channel_vector(updated_mean.compact());
+  params.running.variance = mutable_channel_vector(updated_var.compact());
+  params.running.num_batches_tracked = training && counter.defined() ? counter.mutable_data_ptr<int64_t>() : nullptr;
+  params.running.momentum = momentum.value_or(0.0);
+  params.running.cumulative = !momentum.has_value();
+  params.running.skip_nonfinite = skip_nonfinite;
+  params.eps = eps;
+  params.batch_statistics = training;
+  params.mean = mean.mutable_data_ptr();
+  params.inv_std = inv_std.mutable_data_ptr();
+  run(params, x);
+
+  if (training) {
+    updated_mean.publish();
+    updated_var.publish();
+    UpdatedBuffer(counter).publish();
+  }
+  return {y, mean, inv_std};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,
+                                            const OptionalTensor& weight_arg, const Tensor& mean, const Tensor& inv_std,
+                                            bool training, bool need_dx, std::optional<at::ScalarType> dweight_dtype,
+                                            std::optional<at::ScalarType> dbias_dtype) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t channels = channels_of(grad_output);
+  const DType dtype = dtype_of(grad_output.scalar_type());
+  check_device(grad_output);
+  const bool need_x = dweight_dtype.has_value() || (training && need_dx);
+  TORCH_CHECK(!need_x || input.has_value(), "input is needed for the gradients asked for");
+  if (need_x) {
+    TORCH_CHECK(input->sizes() == grad_output.sizes(), "grad_output must have the shape of input ", input->sizes(),
+                ", got ", grad_output.sizes());
+    TORCH_CHECK(input->scalar_type() == grad_output.scalar_type(), "grad_output must have the dtype of input, ",
+                c10::toString(input->scalar_type()), ", got ", c10::toString(grad_output.scalar_type()));
+    TORCH_CHECK(input->device() == grad_output.device(), "grad_output must be on ", input->device(),
+                " (the device of input), got ", grad_output.device());
+  }
+  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
+  const at::ScalarType accumulate = accumulate_type(grad_output.scalar_type());
+  for (const Tensor& saved : {mean, inv_std}) {
+    TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
+                    saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
+                "mean and inv_std must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [",
+                channels, "] on ", grad_output.device());
+  }
+
+  const Tensor x = need_x ? dense(*input) : Tensor();
+  const Tensor dy = need_x ? dense_as(grad_output, x) : dense(grad_output);
+  const auto vector_options = [&](at::ScalarType type) { return grad_output.options().dtype(type); };
+  const Tensor dx = need_dx ? at::empty_like(dy) : Tensor();
+  const Tensor dweight = dweight_dtype ? at::empty({channels}, vector_options(*dweight_dtype)) : Tensor();
+  const Tensor dbias = dbias_dtype ? at::empty({channels}, vector_options(*dbias_dtype)) : Tensor();
+
+  BackwardParams params;
+  params.shape = shape_of(dy);
+  params.dtype = dtype;
+  params.dy = dy.const_data_ptr();
+  params.x = need_x ? x.const_data_ptr() : nullptr;
+  params.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  params.weight = channel_vector(weight);
+  params.mean = mean.const_data_ptr();
+  params.inv_std = inv_std.const_data_ptr();
+  params.dweight = mutable_channel_vector(dweight);
+  params.dbias = mutable_channel_vector(dbias);
+  params.batch_statistics = training;
+  run(params, dy);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace batchnorm_ext::bindings
