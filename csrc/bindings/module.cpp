@@ -3,11 +3,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <string>
 
 #include "bindings/batch_norm.h"
+#include "build_stamp.h"  // written by the build
 #include "cpu/backend.h"
 
 #ifdef BATCHNORM_EXT_WITH_CUDA
@@ -55,7 +55,7 @@ void register_operators() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = BATCHNORM_EXT_QUOTE(BATCHNORM_EXT_VERSION);
-  info["torch"] = TORCH_VERSION;
+  info["torch"] = BATCHNORM_EXT_QUOTE(BATCHNORM_EXT_TORCH);
 #ifdef BATCHNORM_EXT_WITH_CUDA
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
 #else
