@@ -166,7 +166,7 @@ def forward(
     output = torch.addcmul(
         per_channel(shift.to(accumulate), input), centred, per_channel(scale.to(accumulate), input)
     )
-    layout = torch.empty_like(_dense(input))
+    layout = torch.empty_like(dense(input))
     return layout.copy_(output), rounded, inv_std.to(accumulate)
 
 
@@ -210,7 +210,7 @@ def backward(
         else:
             dx = dy * per_channel(scale, dy)
         dx = dx.to(grad_output.dtype)
-        layout = torch.empty_like(_dense(grad_output if input is None else input))
+        layout = torch.empty_like(dense(grad_output if input is None else input))
         if dx.stride() != layout.stride() and not torch.is_grad_enabled():
             dx = layout.copy_(dx)
     if dweight_dtype is not None and xhat is not None:
@@ -220,7 +220,7 @@ def backward(
     return dx, dweight, dbias
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     if torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor
     # torch's own choice for batch norm: the input's suggested memory format.

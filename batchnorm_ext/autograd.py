@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _reference
-from ._extension import backend
+from . import _operators, _reference
 
 __all__ = ["BatchNormFunction"]
 
@@ -60,7 +59,7 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         skip_nonfinite: bool,
     ) -> Tensor:
-        output, mean, inv_std = backend().forward(
+        output, mean, inv_std = _operators.forward(
             input,
             weight,
             bias,
@@ -84,7 +83,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input, weight, mean, inv_std = ctx.saved_tensors
-        gradients = backend().backward
+        gradients = _operators.backward
         if torch.is_grad_enabled():
             # Someone will differentiate these gradients: build them of differentiable operations, with the batch
             # statistics a function of the input again.

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from . import _operators
 from ._extension import backend
 from .autograd import BatchNormFunction, is_recomputing
 
@@ -104,7 +105,7 @@ def batch_norm_with_counter(
     if (running_mean is None) != (running_var is None) and training:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     _check_eps(eps, training)
-    if training and is_recomputing():
+    if training and not torch.compiler.is_compiling() and is_recomputing():
         running_mean = running_var = num_batches_tracked = None
     arguments = (
         input,
@@ -125,7 +126,7 @@ def batch_norm_with_counter(
     )
     if needs_grad:
         return BatchNormFunction.apply(*arguments)
-    return backend().forward(*arguments)[0]
+    return _operators.forward(*arguments)[0]
 
 
 @functools.cache
@@ -137,7 +138,7 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
     """Return whether this package's kernels can see these tensors' memory and nothing watches torch's own operator.
 
     Everything else goes to torch's batch norm: tensor subclasses (DTensor, FakeTensor, functional tensors), other
-    devices and dtypes, compilation, tracing and scripting, torch.func transforms, forward-mode AD, and dispatch modes.
+    devices and dtypes, export, tracing and scripting, torch.func transforms, forward-mode AD, and dispatch modes.
     """
     if type(input) not in _PLAIN_TYPES or input.dtype not in _DTYPES or input.dim() < 2:
         return False
@@ -151,9 +152,11 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
         running_var is not None and running_var.requires_grad
     ):
         return False
+    if torch.compiler.is_compiling():
+        # An exported program outlives this process: it is given torch's operator, which everyone has.
+        return not torch.compiler.is_exporting() and _operators.operators_available()
     return not (
         input.layout != torch.strided
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -1,0 +1,73 @@
+"""The native functions as operators that torch.compile can trace: their registration and their fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _reference
+from ._extension import backend
+
+
+@torch.compiler.assume_constant_result
+def operators_available() -> bool:
+    """Obtain the backend, outside of tracing, and return whether it brought operators along."""
+    return backend() is not _reference and _register_fakes()
+
+
+def _register_fakes() -> bool:
+    if not _registered:
+        torch.library.register_fake("batchnorm_ext::forward", _fake_forward)
+        torch.library.register_fake("batchnorm_ext::backward", _fake_backward)
+        _registered.append(True)
+    return True
+
+
+_registered: list[bool] = []
+
+
+def _fake_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = input.new_empty(input.size(1), dtype=_reference.accumulate_dtype(input.dtype))
+    return torch.empty_like(_reference.dense(input)), statistics, torch.empty_like(statistics)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    training: bool,
+    need_dx: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def vector(dtype: torch.dtype | None) -> Tensor:
+        return (
+            grad_output.new_empty(0) if dtype is None else mean.new_empty(mean.shape, dtype=dtype)
+        )
+
+    like = grad_output
+    if dweight_dtype is not None or (training and need_dx):
+        assert input is not None
+        like = input
+    dx = torch.empty_like(_reference.dense(like)) if need_dx else grad_output.new_empty(0)
+    return dx, vector(dweight_dtype), vector(dbias_dtype)
+
+
+def forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend's `forward`, as a node of the graph while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return torch.ops.batchnorm_ext.forward(*arguments)
+    return backend().forward(*arguments)
+
+
+def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backend's `backward`, as a node of the graph while torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        return backend().backward(*arguments)
+    computed = torch.ops.batchnorm_ext.backward(*arguments)
+    asked_for = (arguments[6], arguments[7] is not None, arguments[8] is not None)
+    return tuple(g if asked else None for g, asked in zip(computed, asked_for, strict=True))
