@@ -68,7 +68,14 @@ def batch_norm(
         statistics missing in evaluation, or requiring a gradient. No buffer changes.
     NotImplementedError
         A dtype that batch norm does not exist for.
+    TypeError
+        `momentum` is no number; the cumulative average, ``momentum=None``, is the modules'.
     """
+    if momentum is None or isinstance(momentum, str):
+        raise TypeError(
+            "batch_norm(): argument 'momentum' (position 7) must be float, not "
+            + type(momentum).__name__
+        )
     return batch_norm_with_counter(
         input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
     )
