@@ -27,8 +27,8 @@ try:
     import torch
 except ImportError as error:
     raise SystemExit(
-        f"batchnorm_ext is compiled against the installed torch, which cannot be imported ({error}); "
-        "install torch first, then run: pip install --no-build-isolation ."
+        "batchnorm_ext is compiled against the installed torch, which cannot be imported "
+        f"({error}); install torch first, then run: pip install --no-build-isolation ."
     ) from None
 
 description = load_build_description()

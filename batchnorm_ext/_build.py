@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
@@ -62,7 +63,7 @@ class Stamp(NamedTuple):
             return f"was built for CUDA {self.cuda}, but this torch has {cuda or 'none'}"
         if self.python != python_tag():
             return f"was built for {self.python}, but this is {python_tag()}"
-        if self.source_hash != source_hash:
+        if source_hash not in ("", self.source_hash):
             return "is older than the sources in csrc"
         return None
 
@@ -87,7 +88,7 @@ class Build(NamedTuple):
         parts += [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
         cuda = f"cu{self.stamp.cuda.replace('.', '')}" if self.stamp.cuda else "cpu"
-        return f"batchnorm_ext-{VERSION}-torch{self.stamp.torch}-{cuda}-{python_tag()}-{digest}"
+        return f"batchnorm_ext-{VERSION}-torch{self.stamp.torch}-{cuda}-py{sys.version_info[0]}{sys.version_info[1]}-{digest}"
 
     def generate(self, directory: Path) -> None:
         """Write into `directory`, an include and library folder, what is known only at build time.
@@ -113,10 +114,13 @@ def source_root() -> Path:
 
 
 def source_hash() -> str:
-    """A short hash of the names and contents of all sources."""
+    """A short hash of the names and contents of all sources; empty where there are none."""
     root = source_root()
+    files = sorted(p for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})
+    if not files:
+        return ""
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"}):
+    for path in files:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
         digest.update(content)
@@ -159,7 +163,7 @@ def find_toolkit() -> Toolkit:
         if home := os.environ.get(variable):
             if not (Path(home) / "bin" / nvcc_name).exists():
                 raise CudaUnavailable(
-                    f"{variable}={home} has no bin/{nvcc_name}; set it to a CUDA toolkit or unset it"
+                    f"{variable}={home} has no bin/{nvcc_name}; set it to a CUDA toolkit, or not"
                 )
             return _toolkit_at(Path(home))
     homes = []
@@ -205,8 +209,8 @@ def choose_toolkit() -> tuple[Toolkit | None, str | None]:
         if toolkit.version[0] != int(torch.version.cuda.split(".")[0]):
             raise CudaUnavailable(
                 f"nvcc in {toolkit.home} is of CUDA {toolkit.version[0]}.{toolkit.version[1]}, but "
-                f"torch {torch.__version__} was built with CUDA {torch.version.cuda}; set CUDA_HOME "
-                f"to a toolkit of CUDA {torch.version.cuda.split('.')[0]}"
+                f"torch {torch.__version__} was built with CUDA {torch.version.cuda}; set "
+                f"CUDA_HOME to a toolkit of CUDA {torch.version.cuda.split('.')[0]}"
             )
     except CudaUnavailable as error:
         if forced:
@@ -282,7 +286,7 @@ def describe(toolkit: Toolkit | None) -> Build:
             link.append("-fopenmp")
     nvcc = ["-O0", "-g", "-lineinfo"] if debug else ["-O3"]
     nvcc += host + shlex.split(os.environ.get("NVCC_FLAGS", ""))
-    environment = {"MAX_JOBS": str(job_count(toolkit is not None)), "PATH": _path_with_ninja()}
+    environment = {"MAX_JOBS": str(job_count(toolkit is not None)), "PATH": path_with_ninja()}
     macros: list[tuple[str, str | None]] = []
     if toolkit:
         macros.append(("BATCHNORM_EXT_WITH_CUDA", None))
@@ -315,7 +319,7 @@ def describe(toolkit: Toolkit | None) -> Build:
     )
 
 
-def torch_extension_tools(build: Build):
+def torch_extension_tools(build: Build) -> ModuleType:
     """``torch.utils.cpp_extension``, told where the toolkit is (its own guess can be wrong)."""
     from torch.utils import cpp_extension
 
@@ -430,8 +434,8 @@ def _available_gib() -> float:
     return max(0, min(limits)) / 2**30 if limits else float(GIB_PER_CUDA_JOB)
 
 
-def _path_with_ninja() -> str:
-    """PATH, with ninja's folder in front where pip put ninja and nobody activated the environment."""
+def path_with_ninja() -> str:
+    """PATH, led by the environment's scripts where only they have ninja (pip put it there)."""
     folders = [os.environ.get("PATH", os.defpath)]
     scripts = sysconfig.get_path("scripts")
     if shutil.which("ninja") is None and shutil.which("ninja", path=scripts):
