@@ -154,7 +154,7 @@ def forward(
         mean = torch.zeros(channels, dtype=torch.float64, device=input.device)
         inv_std = torch.zeros_like(mean)
     else:
-        mean = running_mean.to(torch.float64)
+        mean = running_mean.to(torch.float64, copy=True)  # saved: must not change with the buffer
         inv_std = (running_var.to(torch.float64) + eps).rsqrt()
 
     # As in the kernels: what rounding the mean to the accumulate dtype dropped goes into the shift.

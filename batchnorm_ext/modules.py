@@ -54,7 +54,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         else:
             running_mean, running_var = self.running_mean, self.running_var
-            num_batches_tracked = self.num_batches_tracked
+            num_batches_tracked = self.num_batches_tracked if training else None
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
