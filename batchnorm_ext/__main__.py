@@ -44,7 +44,7 @@ def _describe(found: _extension.Obtained, fixes: list[str]) -> dict[str, str]:
     if found.how == "torch":
         fixes.extend(found.problems.values())
         return {"module": "none: pure PyTorch on the CPU and on GPUs"}
-    if "prebuilt" in found.problems:
+    if "prebuilt" in found.problems and _extension.prebuilt_files():
         fixes.append(found.problems["prebuilt"])
     return {
         "module": f"{found.how}, {found.backend.__file__}",

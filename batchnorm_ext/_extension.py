@@ -116,7 +116,7 @@ def _obtain(choice: str) -> Obtained:
             problems["prebuilt"] = str(error)
     if choice in ("auto", "jit"):
         # That nothing is installed, as in a checkout, is no problem to report; a misfit is.
-        misfit = problems.get("prebuilt", "") if _prebuilt_files() else ""
+        misfit = problems.get("prebuilt", "") if prebuilt_files() else ""
         try:
             return Obtained(_load_jit(verbose=False, because=misfit), "jit", problems)
         except NativeModuleError as error:
@@ -138,14 +138,15 @@ def _obtain(choice: str) -> Obtained:
 # ---- prebuilt -----------------------------------------------------------------------------------
 
 
-def _prebuilt_files() -> list[Path]:
+def prebuilt_files() -> list[Path]:
+    """What is installed of a native module: the module, its stamp, both or nothing."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     files = [_build.PACKAGE / f"_C{suffix}" for suffix in suffixes]
     return [file for file in [*files, _build.PACKAGE / "_C.json"] if file.exists()]
 
 
 def _load_prebuilt() -> ModuleType:
-    if not _prebuilt_files():
+    if not prebuilt_files():
         raise NativeModuleError(f"no native module is installed (fix: {INSTALL} .)")
     stamp = _build.read_stamp(_build.PACKAGE / "_C.json")
     if stamp is None:
