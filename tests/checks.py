@@ -1,0 +1,91 @@
+"""One batch norm call held against the oracle: output, statistics and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from inputs import Arguments
+from oracle import BatchNorm
+from tolerances import assert_matches
+
+from batchnorm_ext.functional import batch_norm
+
+
+def assert_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+    """Fail unless the tensors agree in dtype, shape and every bit (any NaN equals any other)."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def call(
+    args: Arguments, function: Callable[..., torch.Tensor] = batch_norm, **options: object
+) -> torch.Tensor:
+    """Call a function of ``F.batch_norm``'s signature."""
+    return function(args.x, args.running_mean, args.running_var, args.weight, args.bias, **options)
+
+
+def differentiable(args: Arguments) -> list[torch.Tensor]:
+    return [t for t in (args.x, args.weight, args.bias) if t is not None and t.requires_grad]
+
+
+def check_call(
+    args: Arguments,
+    function: Callable[..., torch.Tensor] = batch_norm,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Run forward and backward, compare every number with the oracle, and return the output."""
+    expected = BatchNorm(
+        args.x,
+        args.weight,
+        args.bias,
+        args.running_mean,
+        args.running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+    before = args.clone()
+    y = call(args, function, training=training, momentum=momentum, eps=eps)
+    assert y.dtype == args.x.dtype
+    assert_matches(y, expected.y, "y")
+    check_running_statistics(args, before, expected)
+    if y.requires_grad:
+        check_gradients(args, expected, torch.autograd.grad(y, differentiable(args), args.dy))
+    assert_bitwise(args.x.detach(), before.x.detach(), "x was written to")
+    return y
+
+
+def check_running_statistics(args: Arguments, before: Arguments, expected: BatchNorm) -> None:
+    """Compare the buffers with the oracle's, or with what they were when the call must not touch them."""
+    for name in ("running_mean", "running_var"):
+        actual = getattr(args, name)
+        if actual is None:
+            continue
+        update = getattr(expected, name)
+        if update is None:
+            assert_bitwise(actual, getattr(before, name), f"{name} changed")
+        else:
+            assert_matches(actual, update, name, args.x.dtype)
+
+
+def check_gradients(
+    args: Arguments, expected: BatchNorm, gradients: tuple[torch.Tensor, ...]
+) -> None:
+    """Compare the gradients of ``differentiable(args)`` with the oracle's."""
+    exact = dict(zip(("x", "weight", "bias"), expected.gradients(args.dy), strict=True))
+    names = [n for n in exact if getattr(args, n) is not None and getattr(args, n).requires_grad]
+    assert len(names) == len(gradients)
+    for name, gradient in zip(names, gradients, strict=True):
+        assert gradient.dtype == getattr(args, name).dtype
+        assert_matches(gradient, exact[name], f"d{name}", args.x.dtype)
+
+
+def without(args: Arguments, *names: str) -> Arguments:
+    """The same call without some of its optional tensors."""
+    return replace(args, **dict.fromkeys(names))

@@ -1,0 +1,77 @@
+"""What every test runs under: the backend that was asked for, a seed, devices, and the `gpu` marker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import batchnorm_ext
+from batchnorm_ext import _extension
+
+REQUESTED = os.environ.get("BATCHNORM_EXT_BACKEND", "auto")
+
+
+def _backend_problem() -> str | None:
+    """Why the backend in use is not the one this run is meant to test, if so."""
+    backend = _extension.backend()
+    name = getattr(backend, "__name__", type(backend).__name__)
+    is_reference = name.rpartition(".")[2] == "_reference"
+    if is_reference != (REQUESTED == "torch"):
+        wanted = "the pure-PyTorch backend" if REQUESTED == "torch" else "the native module"
+        return (
+            f"BATCHNORM_EXT_BACKEND={REQUESTED} asks for {wanted}, but batchnorm_ext uses {name}. "
+            "`python -m batchnorm_ext` says why; BATCHNORM_EXT_BACKEND=torch tests the pure-PyTorch backend."
+        )
+    if not is_reference and _gpu_wanted() and not backend.build_info()["cuda"]:
+        return "there is a GPU, but the native module was built for the CPU only; FORCE_ONLY_CPU=1 says that is intended"
+    return None
+
+
+def _gpu_wanted() -> bool:
+    return torch.cuda.is_available() and os.environ.get("FORCE_ONLY_CPU") != "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "native: about the native module, not the pure-PyTorch backend"
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    problem = _backend_problem()
+    if problem is not None:
+        pytest.exit(problem, returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+def pytest_report_header() -> str:
+    backend = _extension.backend()
+    return f"batchnorm_ext: {os.path.dirname(batchnorm_ext.__file__)}, backend {backend.__name__}, {backend.build_info()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(
+        reason="needs a CUDA device" if not torch.cuda.is_available() else "FORCE_ONLY_CPU=1"
+    )
+    pure_python = pytest.mark.skip(
+        reason="about the native module; BATCHNORM_EXT_BACKEND=torch was asked for"
+    )
+    for item in items:
+        if item.get_closest_marker("gpu") and not _gpu_wanted():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("native") and REQUESTED == "torch":
+            item.add_marker(pure_python)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device the package computes on."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20150211)

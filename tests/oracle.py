@@ -1,0 +1,148 @@
+"""Batch norm by its definition, in extended precision, one channel at a time: what the tests compare numbers with.
+
+Beside each result stands its scale: the size of the terms that were added to make it. An error is judged against the
+scale, so that a sum which happens to cancel is not held to a precision that its terms do not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A result in extended precision, and the size of the terms it was made of."""
+
+    value: Array
+    scale: Array
+
+
+def exact(tensor: torch.Tensor) -> Array:
+    """The tensor's values, which every dtype under test converts without loss."""
+    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy().astype(np.longdouble)
+
+
+def _per_channel(vector: Array, rank: int) -> Array:
+    return vector.reshape((1, -1) + (1,) * (rank - 2))
+
+
+def _channel_axes(x: Array) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
+
+
+def _vector(tensor: torch.Tensor | None, channels: int, default: float) -> Array:
+    if tensor is None:
+        return np.full(channels, default, dtype=np.longdouble)
+    return exact(tensor).reshape(-1)
+
+
+class BatchNorm:
+    """One batch norm call: statistics, output, running updates and gradients.
+
+    Parameters
+    ----------
+    x : Tensor
+        Input of shape (N, C, ...).
+    weight, bias : Tensor or None
+        Shape (C,); 1 and 0 where None.
+    running_mean, running_var : Tensor or None
+        The running statistics before the call.
+    training : bool
+        Whether the batch's own statistics normalise.
+    momentum : float or None
+        None is the cumulative average, 1 / (batches + 1).
+    batches : int
+        How many batches the running statistics have seen before this one.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        running_mean: torch.Tensor | None = None,
+        running_var: torch.Tensor | None = None,
+        *,
+        training: bool = True,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        batches: int = 0,
+    ) -> None:
+        self.training = training
+        self._x = exact(x)
+        rank, channels = x.dim(), x.shape[1]
+        self._axes = _channel_axes(self._x)
+        self._samples = self._x.size // channels if channels else 0
+        self._weight = _vector(weight, channels, 1.0)
+        self._bias = _vector(bias, channels, 0.0)
+        old_mean = None if running_mean is None else _vector(running_mean, channels, 0.0)
+        old_var = None if running_var is None else _vector(running_var, channels, 1.0)
+
+        if training:
+            self.mean = self._x.mean(axis=self._axes)
+            deviation = self._x - _per_channel(self.mean, rank)
+            self.variance = (deviation**2).mean(axis=self._axes)
+        else:
+            assert old_mean is not None
+            assert old_var is not None
+            self.mean, self.variance = old_mean, old_var
+            deviation = self._x - _per_channel(self.mean, rank)
+        self.inv_std = 1 / np.sqrt(self.variance + np.longdouble(eps))
+        self._xhat = deviation * _per_channel(self.inv_std, rank)
+
+        weighted = self._xhat * _per_channel(self._weight, rank)
+        # The statistics carry an error of their own, as large as a typical deviation's.
+        typical = np.abs(self._weight) * self.inv_std * np.sqrt(self.variance)
+        self.y = Exact(
+            weighted + _per_channel(self._bias, rank),
+            np.abs(weighted) + _per_channel(typical + np.abs(self._bias), rank),
+        )
+
+        self.running_mean = self.running_var = None
+        if training and old_mean is not None and old_var is not None:
+            share = np.longdouble(1 / (batches + 1) if momentum is None else momentum)
+            unbiased = self.variance * self._samples / np.longdouble(self._samples - 1)
+            magnitude = np.abs(self._x).mean(axis=self._axes)
+            self.running_mean = self._moved(old_mean, Exact(self.mean, magnitude), share)
+            self.running_var = self._moved(old_var, Exact(unbiased, unbiased), share)
+
+    @staticmethod
+    def _moved(old: Array, new: Exact, share: np.longdouble) -> Exact:
+        kept, added = (1 - share) * old, share * new.value
+        return Exact(kept + added, np.abs(old) + np.abs(kept) + np.abs(share) * new.scale)
+
+    def gradients(self, dy: torch.Tensor) -> tuple[Exact, Exact, Exact]:
+        """The gradients of x, weight and bias for the output gradient ``dy``."""
+        rank = self._x.ndim
+        gradient = exact(dy)
+        terms = gradient * self._xhat
+        sum_dy = gradient.sum(axis=self._axes)
+        sum_dy_xhat = terms.sum(axis=self._axes)
+        magnitude_dy = np.abs(gradient).sum(axis=self._axes)
+        magnitude_dy_xhat = np.abs(terms).sum(axis=self._axes)
+        # The mean is saved in the accumulate type: rounding it shifts every xhat of the channel together.
+        shift = np.abs(self.mean) * self.inv_std
+
+        slope = _per_channel(self._weight * self.inv_std, rank)
+        dx, dx_scale = gradient, np.abs(gradient)
+        if self.training:
+            count = max(self._samples, 1)
+            mean_dy = _per_channel(sum_dy / count, rank)
+            mean_dy_xhat = _per_channel(sum_dy_xhat / count, rank)
+            dx = gradient - mean_dy - self._xhat * mean_dy_xhat
+            per_xhat = (magnitude_dy_xhat + shift * np.abs(sum_dy)) / count
+            dx_scale = (
+                np.abs(gradient)
+                + _per_channel((magnitude_dy + shift * np.abs(sum_dy_xhat)) / count, rank)
+                + np.abs(self._xhat) * _per_channel(per_xhat, rank)
+            )
+        return (
+            Exact(dx * slope, dx_scale * np.abs(slope)),
+            Exact(sum_dy_xhat, magnitude_dy_xhat + shift * np.abs(sum_dy)),
+            Exact(sum_dy, magnitude_dy),
+        )

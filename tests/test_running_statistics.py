@@ -1,0 +1,387 @@
+"""The running statistics and the batch counter: what one forward changes, and what it must leave alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from checks import assert_bitwise, call, check_running_statistics
+from inputs import arguments
+from oracle import BatchNorm, Exact, exact
+from tolerances import assert_matches
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm_ext
+from batchnorm_ext.functional import batch_norm
+
+BatchNorm2d = batchnorm_ext.BatchNorm2d
+
+
+def batches(count, shape=(4, 3, 5, 5), dtype=torch.float32, device="cpu"):
+    return [(torch.randn(shape) * (i + 1) + i).to(device=device, dtype=dtype) for i in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 0.9, -0.5, 0.0, 1.0])
+def test_exponential_average_over_several_batches(momentum, dtype, device):
+    module = BatchNorm2d(3, momentum=momentum, device=device)
+    for count, x in enumerate(batches(4, dtype=dtype, device=device), start=1):
+        if dtype == torch.float64:
+            module.double()
+        expected = BatchNorm(
+            x, None, None, module.running_mean, module.running_var, momentum=momentum
+        )
+        module(x)
+        assert_matches(module.running_mean, expected.running_mean, "running_mean", dtype)
+        assert_matches(module.running_var, expected.running_var, "running_var", dtype)
+        assert module.num_batches_tracked.item() == count
+
+
+def test_cumulative_average_is_the_mean_over_batches(device):
+    module = BatchNorm2d(3, momentum=None, device=device, dtype=torch.float64)
+    seen = []
+    for x in batches(5, dtype=torch.float64, device=device):
+        seen.append((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True)))
+        module(x)
+        torch.testing.assert_close(module.running_mean, torch.stack([m for m, _ in seen]).mean(0))
+        torch.testing.assert_close(module.running_var, torch.stack([v for _, v in seen]).mean(0))
+    assert module.num_batches_tracked.item() == 5
+    module.reset_running_stats()
+    module(x)
+    torch.testing.assert_close(module.running_mean, seen[-1][0])
+    assert module.num_batches_tracked.item() == 1
+
+
+def test_cumulative_average_after_very_many_batches(device):
+    """The counter is 64 bits wide, and 1 / count is not rounded to float before it is used."""
+    module = BatchNorm2d(3, momentum=None, device=device, dtype=torch.float64)
+    count = 2**53 + 2
+    module.num_batches_tracked.fill_(count - 1)
+    (x,) = batches(1, dtype=torch.float64, device=device)
+    expected = BatchNorm(
+        x, None, None, module.running_mean, module.running_var, momentum=None, batches=count - 1
+    )
+    module(x)
+    assert module.num_batches_tracked.item() == count
+    assert_matches(module.running_mean, expected.running_mean, "running_mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_buffers_are_rounded_once(dtype, device):
+    args = arguments((16, 8, 5, 5), dtype, device=device)
+    for momentum in (0.1, 0.5, 1.0):
+        before = args.clone()
+        expected = BatchNorm(
+            args.x, None, None, args.running_mean, args.running_var, momentum=momentum
+        )
+        call(args, training=True, momentum=momentum)
+        check_running_statistics(args, before, expected)
+
+
+def test_eval_reads_only(device):
+    module = BatchNorm2d(3, device=device)
+    for x in batches(2, device=device):
+        module(x)
+    module.eval()
+    state = {name: (t.clone(), t._version) for name, t in module.state_dict().items()}
+    for x in batches(2, device=device):
+        module(x)
+    for name, tensor in module.state_dict().items():
+        assert_bitwise(tensor, state[name][0], name)
+        assert tensor._version == state[name][1]
+
+
+def test_versions_are_bumped_by_training(device):
+    module = BatchNorm2d(3, device=device)
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    before = [getattr(module, name)._version for name in names]
+    module(batches(1, device=device)[0])
+    for name, version in zip(names, before, strict=True):
+        assert getattr(module, name)._version > version, name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("flag", [True, False], ids=["flag-set", "flag-cleared"])
+def test_flag_flipped_after_construction(flag, training, device):
+    """track_running_stats is read at each call: cleared, the buffers are not updated; set too late, there are none."""
+    (x,) = batches(1, device=device)
+    pair = []
+    for family in (batchnorm_ext, nn):
+        torch.manual_seed(3)
+        module = family.BatchNorm2d(3, track_running_stats=not flag, device=device).train(training)
+        if not flag:
+            module.running_mean.uniform_()
+            module.running_var.uniform_()
+        module.track_running_stats = flag
+        pair.append((module(x), module.state_dict()))
+    torch.testing.assert_close(pair[0][0], pair[1][0])
+    assert list(pair[0][1]) == list(pair[1][1])
+    for name, tensor in pair[0][1].items():
+        torch.testing.assert_close(tensor, pair[1][1][name])
+
+
+@pytest.mark.parametrize(
+    "removed", [("running_mean", "running_var"), ("num_batches_tracked",)], ids=str
+)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_buffers_taken_away(removed, momentum, training, device):
+    """As torch.func.replace_all_batch_norm_modules_ does it: the attributes set to None."""
+    (x,) = batches(1, device=device)
+    results = []
+    for family in (batchnorm_ext, nn):
+        module = family.BatchNorm2d(3, momentum=momentum, device=device).train(training)
+        for name in removed:
+            setattr(module, name, None)
+        results.append((module(x), module.state_dict()))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_replace_all_batch_norm_modules(device):
+    model = nn.Sequential(BatchNorm2d(3, device=device), nn.ReLU())
+    torch.func.replace_all_batch_norm_modules_(model)
+    (x,) = batches(1, device=device)
+    for training in (True, False):
+        torch.testing.assert_close(
+            model.train(training)(x),
+            torch.relu(nn.functional.batch_norm(x, None, None, training=True)),
+        )
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5, 5), (4, 3, 0, 5), (0, 3), (0, 3, 7), (4, 3, 0)], ids=str
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_without_samples(shape, training, momentum, device):
+    """Nothing to learn from: the statistics stay, the batch is counted as torch counts it, gradients are zero."""
+    family = "BatchNorm2d" if len(shape) == 4 else "BatchNorm1d"
+    ours = getattr(batchnorm_ext, family)(3, momentum=momentum, device=device).train(training)
+    theirs = getattr(nn, family)(3, momentum=momentum, device=device).train(training)
+    x = torch.empty(shape, device=device, requires_grad=True)
+    y = ours(x)
+    assert y.shape == x.shape
+    theirs(torch.empty(shape, device=device))
+    assert_bitwise(ours.running_mean, torch.zeros(3, device=device))
+    assert_bitwise(ours.running_var, torch.ones(3, device=device))
+    assert_bitwise(ours.num_batches_tracked, theirs.num_batches_tracked)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert_bitwise(ours.weight.grad, torch.zeros(3, device=device))
+    assert_bitwise(ours.bias.grad, torch.zeros(3, device=device))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_no_channels(training, device):
+    """torch's module raises an IndexError here; an empty result is the natural one."""
+    module = BatchNorm2d(0, device=device).train(training)
+    x = torch.empty(4, 0, 5, 5, device=device, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert module.weight.grad.shape == module.bias.grad.shape == (0,)
+    assert module.num_batches_tracked.item() == int(training)
+    assert batch_norm(torch.empty(0, 0, device=device), None, None, training=True).shape == (0, 0)
+
+
+def test_single_value_per_channel_in_eval(device):
+    args = arguments((1, 3), device=device)
+    expected = BatchNorm(
+        args.x, args.weight, args.bias, args.running_mean, args.running_var, training=False
+    )
+    assert_matches(call(args, training=False), expected.y, "y")
+
+
+BAD = {"nan": math.nan, "inf": math.inf, "minus-inf": -math.inf}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nonfinite_values_stay_in_their_channel(layout, momentum, skip, bad, device):
+    module = BatchNorm2d(3, momentum=momentum, skip_nonfinite=skip, device=device)
+    clean = BatchNorm2d(3, momentum=momentum, device=device)
+    for index, x in enumerate(batches(3, device=device)):
+        x = x.contiguous(
+            memory_format=getattr(torch, layout + "_format" if layout == "contiguous" else layout)
+        )
+        clean_y = clean(x)
+        x = x.clone()
+        if index == 1:
+            x[1, 2, 3, 4] = bad
+        y = module(x)
+        assert_bitwise(y[:, :2], clean_y[:, :2])
+        if index == 1:
+            assert torch.isnan(y[:, 2]).any()
+    for name in ("running_mean", "running_var"):
+        ours, want = getattr(module, name), getattr(clean, name)
+        assert_bitwise(ours[:2], want[:2], name)
+        assert torch.isfinite(ours).all() == skip
+    assert module.num_batches_tracked.item() == 3
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_skipped_channel_keeps_its_statistics_to_the_bit(bad, device):
+    module = BatchNorm2d(3, skip_nonfinite=True, device=device)
+    first, second = batches(2, device=device)
+    module(first)
+    before = module.running_mean.clone(), module.running_var.clone()
+    second[0, 1] = bad
+    module(second)
+    assert_bitwise(module.running_mean[1], before[0][1])
+    assert_bitwise(module.running_var[1], before[1][1])
+    assert not torch.equal(module.running_mean[0], before[0][0])
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_nonfinite_statistics_without_skipping_are_torchs(bad, device):
+    """Which values are finite, and those; inf and NaN depend on the order of torch's sums, too."""
+    results = []
+    for family in (batchnorm_ext, nn):
+        torch.manual_seed(0)
+        module = family.BatchNorm2d(3, device=device)
+        (x,) = batches(1, device=device)
+        x[0, 1, 2, 2] = bad
+        y = module(x)
+        results.append(
+            [torch.nan_to_num(t, math.inf, math.inf, math.inf) for t in (y, *module.buffers())]
+        )
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_gradient_of_a_nonfinite_channel_leaves_the_others(device):
+    args = arguments((4, 3, 5, 5), device=device)
+    clean = torch.autograd.grad(
+        call(args, training=True), [args.x, args.weight, args.bias], args.dy
+    )
+    with torch.no_grad():
+        args.x[1, 2, 3, 4] = math.nan
+    dx, dweight, dbias = torch.autograd.grad(
+        call(args, training=True), [args.x, args.weight, args.bias], args.dy
+    )
+    assert_bitwise(dx[:, :2], clean[0][:, :2])
+    assert_bitwise(dweight[:2], clean[1][:2])
+    assert_bitwise(dbias, clean[2])
+    assert torch.isnan(dweight[2])
+
+
+def test_statistics_do_not_drift_from_a_stationary_stream(device):
+    """Thousands of small steps toward a fixed value: float32 buffers reach it."""
+    module = BatchNorm2d(1, momentum=1e-3, device=device)
+    x = torch.tensor([2.0, 4.0], device=device).view(2, 1, 1, 1)
+    with torch.no_grad():
+        for _ in range(2000):
+            module(x)
+    share = 1 - (1 - 1e-3) ** 2000
+    assert module.running_mean.item() == pytest.approx(3.0 * share, rel=1e-4)
+    assert module.running_var.item() == pytest.approx(1.0 + 1.0 * share, rel=1e-4)
+
+
+def block(channels, depth, family, device="cpu", **options):
+    layers = []
+    for _ in range(depth):
+        layers += [
+            nn.Conv2d(channels, channels, 1, device=device),
+            family.BatchNorm2d(channels, device=device, **options),
+        ]
+    return nn.Sequential(*layers)
+
+
+CHECKPOINTS = {
+    "reentrant": lambda model, x: checkpoint(model, x, use_reentrant=True),
+    "non-reentrant": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "no-early-stop": lambda model, x: checkpoint(
+        model, x, use_reentrant=False, determinism_check="none"
+    ),
+    "nested": lambda model, x: checkpoint(
+        lambda t: checkpoint(model[2:], model[:2](t), use_reentrant=False), x, use_reentrant=False
+    ),
+    "nested-reentrant": lambda model, x: checkpoint(
+        lambda t: checkpoint(model[2:], model[:2](t), use_reentrant=True), x, use_reentrant=True
+    ),
+    "sequential": lambda model, x: torch.utils.checkpoint.checkpoint_sequential(
+        model, 2, x, use_reentrant=False
+    ),
+}
+
+
+@pytest.mark.parametrize("run", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_updates_statistics_once(run, momentum, device):
+    """The recomputation inside backward is the same batch again; torch's modules count it twice."""
+    torch.manual_seed(1)
+    plain = block(4, 2, batchnorm_ext, device, momentum=momentum)
+    model = block(4, 2, batchnorm_ext, device, momentum=momentum)
+    model.load_state_dict(plain.state_dict())
+    for step in range(2):
+        x = torch.randn(3, 4, 5, 5, device=device)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        plain(inputs[0]).square().sum().backward()
+        run(model, inputs[1]).square().sum().backward()
+        assert_bitwise(inputs[1].grad, inputs[0].grad)
+        for (name, expected), actual in zip(
+            plain.named_parameters(), model.parameters(), strict=True
+        ):
+            assert_bitwise(actual.grad, expected.grad, name)
+        for (name, expected), actual in zip(plain.named_buffers(), model.buffers(), strict=True):
+            assert_bitwise(actual, expected, name)
+        assert model[1].num_batches_tracked.item() == step + 1
+
+
+def test_forward_after_backward_counts_again(device):
+    module = BatchNorm2d(3, device=device)
+    for count, x in enumerate(batches(3, device=device), start=1):
+        module(x).sum().backward()
+        assert module.num_batches_tracked.item() == count
+
+
+def test_two_forwards_then_two_backwards(device):
+    """Weight sharing: each backward uses its own batch's statistics, though the buffers moved on."""
+    module = BatchNorm2d(3, device=device, dtype=torch.float64)
+    alone = BatchNorm2d(3, device=device, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in batches(2, dtype=torch.float64, device=device)]
+    outputs = [module(x) for x in inputs]
+    for x, y in zip(inputs, outputs, strict=True):
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x)
+        again = x.detach().requires_grad_()
+        assert_bitwise(dx, torch.autograd.grad(alone(again).pow(3).sum(), again)[0])
+
+
+def test_eval_then_training_update_before_backward(device):
+    args = arguments((4, 3, 5, 5), torch.float64, device=device)
+    expected = BatchNorm(
+        args.x, args.weight, args.bias, args.running_mean, args.running_var, training=False
+    )
+    y = call(args, training=False)
+    call(args, training=True)
+    dx, dweight, _ = torch.autograd.grad(y, [args.x, args.weight, args.bias], args.dy)
+    exact_dx, exact_dweight, _ = expected.gradients(args.dy)
+    assert_matches(dx, exact_dx, "dx")
+    assert_matches(dweight, exact_dweight, "dweight")
+
+
+def test_swa_update_bn(device):
+    """torch.optim.swa_utils.update_bn sets momentum to None, resets, and averages over a loader."""
+    module = nn.Sequential(BatchNorm2d(3, device=device, dtype=torch.float64))
+    data = batches(4, dtype=torch.float64, device=device)
+    torch.optim.swa_utils.update_bn(data, module)
+    torch.testing.assert_close(
+        module[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in data]).mean(0)
+    )
+    torch.testing.assert_close(
+        module[0].running_var, torch.stack([x.var((0, 2, 3)) for x in data]).mean(0)
+    )
+    assert module[0].momentum == 0.1
+
+
+def test_unbiased_variance_of_two_samples(device):
+    x = torch.tensor([[1.0], [4.0]], device=device)
+    mean, var = torch.zeros(1, device=device), torch.zeros(1, device=device)
+    batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert mean.item() == 2.5
+    assert_matches(
+        var, Exact(exact(torch.tensor([4.5])), exact(torch.tensor([4.5]))), "running_var"
+    )
