@@ -1,0 +1,100 @@
+// The sums behind a channel's mean and variance: the operation that `reduce` runs as the step channel_statistics.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/kernels/finalize_statistics.cuh"
+#include "cuda/primitives/pack.cuh"
+
+namespace batchnorm_ext::cuda {
+
+template <class T>
+struct ChannelStatistics {
+  using A = accumulate_t<T>;
+  using Item = Moments<A>;  // around the channel's pivot
+  static constexpr int kUnroll = 4;
+
+  const T* x;
+  Moments<A>* partials;  // [channel][split]; unused when there is one split, whose moments are final
+  int64_t splits;
+  FinalizeStatistics<T> finalize;
+
+  // Sums of (x - pivot) and its square. The thread's pivot is the mean of the first elements it sees: close to what
+  // follows even where the channel's first element is not, so the squares carry no large offset.
+  struct Accumulator {
+    A pivot, sum, squares;
+    bool started;
+  };
+
+  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
+    return {channel_pivot(x, finalize.shape, channel), A(0), A(0), false};
+  }
+
+  template <bool kWhole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll]) const {
+    Pack<T, kVector> packs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) load<kWhole, Reuse::soon>(packs[u], x, slots[u]);
+#pragma unroll
+    for (int a = 0; a < kSums; ++a) {
+      // Of the chunk's elements, those of this sum's channel; one that is not meant reads as the pivot and adds zero.
+      constexpr int kElements = kVector / kSums;
+      const auto deviation = [&](int u, int i) {
+        const int e = kSums == 1 ? i : a;
+        return kWhole || slots[u].holds(e) ? widen(packs[u].values[e]) - sums[a].pivot : A(0);
+      };
+      if (!sums[a].started) {
+        A sum = 0;
+        int count = 0;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int i = 0; i < kElements; ++i) {
+            sum += deviation(u, i);
+            count += kWhole || slots[u].holds(kSums == 1 ? i : a) ? 1 : 0;
+          }
+        }
+        const A shift = count == 0 ? A(0) : sum / static_cast<A>(count);
+        if (shift - shift == 0) sums[a].pivot += shift;
+        sums[a].started = true;
+      }
+      // Several short chains of additions, then their sum: faster, and more exact, than one long one.
+      A sum[kUnroll], squares[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        sum[u] = squares[u] = A(0);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          const A d = deviation(u, i);
+          sum[u] += d;
+          squares[u] = multiply_add(d, d, squares[u]);
+        }
+      }
+      static_assert(kUnroll == 4);
+      sums[a].sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      sums[a].squares += (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    }
+  }
+
+  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t samples, int64_t channel) const {
+    return moments_from_sums(sums.pivot - channel_pivot(x, finalize.shape, channel), sums.sum, sums.squares, samples);
+  }
+
+  template <class At>
+  __device__ __forceinline__ Item fold(At&& at, int items, int lane, int width) const {
+    return fold_moments<A>(at, items, lane, width);
+  }
+
+  // Called by whole warps.
+  __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
+    if (splits == 1) {
+      finalize(channel, {static_cast<double>(total.mean), static_cast<double>(total.m2), total.count}, active);
+    } else if (active) {
+      partials[channel * splits + split] = total;
+    }
+  }
+};
+
+}  // namespace batchnorm_ext::cuda

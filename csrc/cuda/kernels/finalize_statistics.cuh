@@ -1,0 +1,117 @@
+// From a channel's moments to what normalises it, what is saved for backward, and the running statistics.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/formulas.h"
+#include "core/params.h"
+#include "core/welford.h"
+#include "cuda/primitives/group_sum.cuh"
+
+namespace batchnorm_ext::cuda {
+
+// A channel's moments are kept around its pivot, the first of its elements, which a mean far larger than the deviation
+// must not swallow. Any finite value would do: an infinite one would spoil the mean of the others.
+template <class T>
+__device__ __forceinline__ accumulate_t<T> channel_pivot(const T* x, const Shape& shape, int64_t channel) {
+  const accumulate_t<T> first = widen(x[channel * shape.inner]);
+  return first - first == 0 ? first : accumulate_t<T>(0);
+}
+
+// Whether squares of finite elements, or their sums, can exceed the accumulate type. Those of double are not redone:
+// there is nothing wider.
+template <class T>
+constexpr bool kSquaresOverflow = std::is_same_v<T, float> || std::is_same_v<T, bfloat16>;
+
+// Moments summed in double by one warp, slowly: for values whose squares overflow the accumulate type.
+template <class T>
+__device__ __noinline__ Moments<double> moments_in_double(const T* x, const Shape& shape, int64_t channel) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t samples = shape.samples();
+  const auto element = [&](int64_t i) {
+    const int64_t outer = i / shape.inner;
+    return static_cast<double>(widen(x[(outer * shape.channels + channel) * shape.inner + (i - outer * shape.inner)]));
+  };
+  double sum = 0, squares = 0;
+  for (int64_t i = lane; i < samples; i += kWarp) sum += element(i);
+  const double mean = group_sum(sum, kWarp) / static_cast<double>(samples);
+  if (mean - mean != 0) return {mean, mean - mean, samples};
+  for (int64_t i = lane; i < samples; i += kWarp) squares += (element(i) - mean) * (element(i) - mean);
+  return {mean, group_sum(squares, kWarp), samples};
+}
+
+template <class T>
+struct FinalizeStatistics {
+  using A = accumulate_t<T>;
+
+  Shape shape;
+  const T* x;
+  ChannelVector weight, bias;
+  RunningStatistics running;  // the counter does not yet count this batch: `normalize` does that, when all have read it
+  double eps;
+  A* mean;
+  A* inv_std;
+  NormalizeCoefficients<A>* coefficients;
+
+  // Called by whole warps; `moments` are around the channel's pivot and matter in active threads only.
+  __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active) const {
+    if (active) moments.mean += channel_pivot(x, shape, channel);
+    if constexpr (kSquaresOverflow<T>) {
+      unsigned redo = __ballot_sync(kWholeWarp, active && moments.m2 - moments.m2 != 0);
+      while (redo != 0) {
+        const int owner = __ffs(static_cast<int>(redo)) - 1;
+        const auto redone = moments_in_double(x, shape, __shfl_sync(kWholeWarp, channel, owner));
+        if (static_cast<int>(threadIdx.x) % kWarp == owner) moments = redone;
+        redo &= redo - 1;
+      }
+    }
+    if (!active) return;
+    const double channel_inv_std = inverse_std(variance_of(moments), eps);
+    mean[channel] = static_cast<A>(moments.mean);
+    inv_std[channel] = static_cast<A>(channel_inv_std);
+    coefficients[channel] =
+        normalize_coefficients<A>(moments.mean, channel_inv_std, weight.load(channel, 1.0), bias.load(channel, 0.0));
+    if (running.mean.data == nullptr && running.variance.data == nullptr) return;
+    const int64_t batches = running.num_batches_tracked == nullptr ? 1 : *running.num_batches_tracked + 1;
+    update_running_statistics(running, channel, moments, running_momentum(running, batches));
+  }
+};
+
+// The moments of several sets, summed in two passes over them: no division for each, and nothing large cancels.
+template <class V, class At>
+__device__ __forceinline__ Moments<V> fold_moments(At&& at, int64_t items, int lane, int width) {
+  int64_t count = 0;
+  V weighted = 0;
+  for (int64_t i = lane; i < items; i += width) {
+    const auto part = at(i);
+    count += part.count;
+    weighted += static_cast<V>(part.count) * static_cast<V>(part.mean);
+  }
+  count = group_sum(count, width);
+  weighted = group_sum(weighted, width);
+  const V mean = count == 0 ? V(0) : weighted / static_cast<V>(count);
+  V m2 = 0;
+  for (int64_t i = lane; i < items; i += width) {
+    const auto part = at(i);
+    const V delta = static_cast<V>(part.mean) - mean;
+    m2 += static_cast<V>(part.m2) + static_cast<V>(part.count) * delta * delta;
+  }
+  return {mean, group_sum(m2, width), count};
+}
+
+// One warp for each channel: merges its splits' moments, partials[channel][split], in double.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    finalize_statistics(const FinalizeStatistics<T> finalize, const Moments<accumulate_t<T>>* partials,
+                        int64_t splits) {
+  const int64_t channel = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (channel >= finalize.shape.channels) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto* const parts = partials + channel * splits;
+  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0);
+}
+
+}  // namespace batchnorm_ext::cuda

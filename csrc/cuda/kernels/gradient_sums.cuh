@@ -1,0 +1,141 @@
+// Sums of the gradients of a channel: the operation that `reduce` runs as the step gradient_sums, and their end.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/formulas.h"
+#include "core/params.h"
+#include "cuda/primitives/group_sum.cuh"
+#include "cuda/primitives/pack.cuh"
+#include "cuda/primitives/views.h"
+
+namespace batchnorm_ext::cuda {
+
+template <class V, class At>
+__device__ __forceinline__ GradientPartial<V> fold_gradient_sums(At&& at, int64_t items, int lane, int width) {
+  GradientPartial<V> total{V(0), V(0)};
+  for (int64_t i = lane; i < items; i += width) {
+    const auto part = at(i);
+    total.sum_dy += static_cast<V>(part.sum_dy);
+    total.sum_dy_xmu += static_cast<V>(part.sum_dy_xmu);
+  }
+  return {group_sum(total.sum_dy, width), group_sum(total.sum_dy_xmu, width)};
+}
+
+template <class T>
+struct FinalizeGradients {
+  using A = accumulate_t<T>;
+
+  Shape shape;
+  ChannelVector weight;
+  const A* mean;
+  const A* inv_std;
+  MutableChannelVector dweight, dbias;
+  InputGradientCoefficients<A>* coefficients;  // null when no input gradient follows
+
+  __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums) const {
+    const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(inv_std[channel]);
+    dweight.store(channel, sum_dy_xhat);
+    dbias.store(channel, sums.sum_dy);
+    if (coefficients == nullptr) return;
+    coefficients[channel] = input_gradient_coefficients<A>(mean[channel], inv_std[channel], weight.load(channel, A(1)),
+                                                           sums.sum_dy, sum_dy_xhat, shape.samples());
+  }
+};
+
+// One warp for each channel: adds its splits' sums, partials[channel][split], in double. No splits: an empty batch.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    finalize_gradients(const FinalizeGradients<T> finalize, const GradientPartial<accumulate_t<T>>* partials,
+                       int64_t splits) {
+  const int64_t channel = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (channel >= finalize.shape.channels) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const auto* const parts = partials + channel * splits;
+  const auto sums = fold_gradient_sums<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp);
+  if (lane == 0) finalize(channel, sums);
+}
+
+// With kInputGradient also dx of evaluation mode, which needs no sum first: dx = dy * dy_scale.
+template <class T, bool kInputGradient>
+struct GradientSums {
+  using A = accumulate_t<T>;
+  using Item = GradientPartial<A>;
+  static constexpr int kUnroll = 2;
+
+  const T* dy;
+  const T* x;
+  T* dx;
+  Reuse dx_reuse;
+  Item* partials;  // [channel][split]; unused when there is one split, whose sums are final
+  int64_t splits;
+  FinalizeGradients<T> finalize;
+
+  struct Accumulator {
+    A mean, sum_dy, sum_dy_xmu;
+    A dy_scale;
+  };
+
+  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
+    const A scale = kInputGradient ? finalize.inv_std[channel] * finalize.weight.load(channel, A(1)) : A(0);
+    return {finalize.mean[channel], A(0), A(0), scale};
+  }
+
+  template <bool kWhole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll]) const {
+    constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
+    Pack<T, kVector> dy_packs[kUnroll], x_packs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      load<kWhole, kReuse>(dy_packs[u], dy, slots[u]);
+      load<kWhole, kReuse>(x_packs[u], x, slots[u]);
+    }
+#pragma unroll
+    for (int a = 0; a < kSums; ++a) {
+      constexpr int kElements = kVector / kSums;
+      A sum_dy[kUnroll], sum_dy_xmu[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        sum_dy[u] = sum_dy_xmu[u] = A(0);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          // An element that is not meant was loaded as zero, and adds zero.
+          const int e = kSums == 1 ? i : a;
+          const A gradient = widen(dy_packs[u].values[e]);
+          sum_dy[u] += gradient;
+          sum_dy_xmu[u] = multiply_add(gradient, widen(x_packs[u].values[e]) - sums[a].mean, sum_dy_xmu[u]);
+          if constexpr (kInputGradient) dy_packs[u].values[e] = narrow<T>(gradient * sums[a].dy_scale);
+        }
+      }
+      static_assert(kUnroll == 2);
+      sums[a].sum_dy += sum_dy[0] + sum_dy[1];
+      sums[a].sum_dy_xmu += sum_dy_xmu[0] + sum_dy_xmu[1];
+    }
+    if constexpr (kInputGradient) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) store<kWhole>(dy_packs[u], dx, slots[u], dx_reuse);
+    }
+  }
+
+  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t, int64_t) const {
+    return {sums.sum_dy, sums.sum_dy_xmu};
+  }
+
+  template <class At>
+  __device__ __forceinline__ Item fold(At&& at, int items, int lane, int width) const {
+    return fold_gradient_sums<A>(at, items, lane, width);
+  }
+
+  __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
+    if (!active) return;
+    if (splits == 1) {
+      finalize(channel, {static_cast<double>(total.sum_dy), static_cast<double>(total.sum_dy_xmu)});
+    } else {
+      partials[channel * splits + split] = total;
+    }
+  }
+};
+
+}  // namespace batchnorm_ext::cuda

@@ -1,0 +1,69 @@
+// The steps of a backward call for one element type, in order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/kernels/gradient_sums.cuh"
+#include "cuda/kernels/input_gradient.cuh"
+#include "cuda/launch/launch_plan.h"
+#include "cuda/launch/launcher.cuh"
+
+namespace batchnorm_ext::cuda {
+
+template <class T>
+void backward_steps(const BackwardParams& params, const DeviceLimits& limits, void* workspace, cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  const Shape& shape = params.shape;
+  const BackwardPlan plan = plan_backward(params, limits);
+  const T* const dy = static_cast<const T*>(params.dy);
+  const T* const x = static_cast<const T*>(params.x);
+  T* const dx = static_cast<T*>(params.dx);
+  const A* const inv_std = static_cast<const A*>(params.inv_std);
+  const Reuse reuse = output_reuse(shape, params.dtype, limits);
+  auto* const coefficients =
+      reinterpret_cast<InputGradientCoefficients<A>*>(static_cast<char*>(workspace) + plan.coefficients_offset);
+  const bool input_gradient_follows = plan.needs_input_gradient && params.batch_statistics;
+  const FinalizeGradients<T> finalize{shape,
+                                      params.weight,
+                                      static_cast<const A*>(params.mean),
+                                      inv_std,
+                                      params.dweight,
+                                      params.dbias,
+                                      input_gradient_follows ? coefficients : nullptr};
+  auto* const partials = static_cast<GradientPartial<A>*>(workspace);
+  const int64_t splits = plan.sums.splits;
+
+  if (shape.elements() == 0) {
+    if (shape.channels > 0 && (params.dweight.data != nullptr || params.dbias.data != nullptr)) {
+      launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
+                      partials, 0);
+    }
+    return;
+  }
+
+  if (plan.needs_sums) {
+    // Where x is not needed, dy stands in for it: its second read hits the first-level cache, and no one looks at the
+    // sum it goes into.
+    const T* const x_or_dy = x == nullptr ? dy : x;
+    if (dx != nullptr && !plan.needs_input_gradient) {
+      const GradientSums<T, true> sums{dy, x_or_dy, dx, reuse, partials, splits, finalize};
+      launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
+    } else {
+      const GradientSums<T, false> sums{dy, x_or_dy, nullptr, reuse, partials, splits, finalize};
+      launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
+    }
+    if (splits > 1) {
+      launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
+                      partials, splits);
+    }
+  }
+  if (!plan.needs_input_gradient) return;
+  if (params.batch_statistics) {
+    launch_pointwise("input_gradient", plan.input_gradient, InputGradient<T>{{dy, x}, dx, reuse, coefficients}, stream);
+  } else {
+    launch_pointwise("input_gradient", plan.input_gradient,
+                     FrozenInputGradient<T>{{dy}, dx, reuse, params.weight, inv_std}, stream);
+  }
+}
+
+}  // namespace batchnorm_ext::cuda

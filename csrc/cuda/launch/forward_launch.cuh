@@ -1,0 +1,58 @@
+// The steps of a forward call for one element type, in order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/kernels/channel_statistics.cuh"
+#include "cuda/kernels/finalize_statistics.cuh"
+#include "cuda/kernels/normalize.cuh"
+#include "cuda/launch/launch_plan.h"
+#include "cuda/launch/launcher.cuh"
+
+namespace batchnorm_ext::cuda {
+
+template <class T>
+void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void* workspace, cudaStream_t stream) {
+  using A = accumulate_t<T>;
+  const Shape& shape = params.shape;
+  int64_t* const counter = params.batch_statistics ? params.running.num_batches_tracked : nullptr;
+  if (shape.elements() == 0) {
+    if (counter != nullptr) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
+    return;
+  }
+  const ForwardPlan plan = plan_forward(params, limits);
+  const T* const x = static_cast<const T*>(params.x);
+  A* const mean = static_cast<A*>(params.mean);
+  A* const inv_std = static_cast<A*>(params.inv_std);
+  NormalizeCoefficients<A>* coefficients = nullptr;
+
+  if (params.batch_statistics) {
+    auto* const partials = static_cast<Moments<A>*>(workspace);
+    coefficients =
+        reinterpret_cast<NormalizeCoefficients<A>*>(static_cast<char*>(workspace) + plan.coefficients_offset);
+    const FinalizeStatistics<T> finalize{shape,      x,    params.weight, params.bias, params.running,
+                                         params.eps, mean, inv_std,       coefficients};
+    const int64_t splits = plan.statistics.splits;
+    const ChannelStatistics<T> statistics{x, partials, splits, finalize};
+    launch_reduce<T, true>("channel_statistics", plan.statistics, statistics, stream);
+    if (splits > 1) {
+      launch_finalize("finalize_statistics", stream, finalize_statistics<T, kFinalizeThreads>, shape.channels, finalize,
+                      partials, splits);
+    }
+  }
+
+  const Normalize<T> normalize{{x},
+                               static_cast<T*>(params.y),
+                               output_reuse(shape, params.dtype, limits),
+                               coefficients,
+                               counter,
+                               params.running,
+                               params.weight,
+                               params.bias,
+                               params.eps,
+                               mean,
+                               inv_std};
+  launch_pointwise("normalize", plan.normalize, normalize, stream);
+}
+
+}  // namespace batchnorm_ext::cuda

@@ -1,0 +1,62 @@
+// What is launched for a call: a pure function of shape, dtype, alignment and the device's limits. Needs no CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+#include "core/params.h"
+#include "cuda/primitives/views.h"
+
+namespace batchnorm_ext::cuda {
+
+struct DeviceLimits {
+  int compute_capability;  // 10 * major + minor
+  int multiprocessors;
+  int threads_per_multiprocessor;
+  int64_t shared_bytes_per_block;
+  int64_t shared_bytes_per_multiprocessor;
+  int64_t l2_bytes;
+  bool clusters;  // thread-block clusters
+};
+
+constexpr int kBlockThreads = 256;
+constexpr int kFinalizeThreads = 128;
+
+// How the tensors of a step lie in memory: `misalignment` elements past a vector boundary, if `common` to all of them;
+// else they share no vectors and are read and written element by element.
+struct Alignment {
+  int64_t misalignment;
+  bool common;
+};
+Alignment alignment_of(DType dtype, std::initializer_list<const void*> tensors);
+
+// One launch of `reduce` or `pointwise`: the view and the grid (tiles, splits).
+struct StepPlan {
+  int vector;  // elements loaded at once
+  bool rows;   // which of the views
+  RowView row_view;
+  ColumnView column_view;
+  int64_t tiles, splits;
+
+  int64_t tile_channels() const { return rows ? 1 : column_view.tile_channels; }
+};
+StepPlan plan_step(Shape shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits);
+
+// Workspace: the partial results of the reducing step, then the coefficients of the mapping step.
+struct ForwardPlan {
+  StepPlan statistics, normalize;
+  size_t coefficients_offset, workspace_bytes;
+};
+struct BackwardPlan {
+  StepPlan sums, input_gradient;
+  bool needs_sums, needs_input_gradient;  // which of the two steps run; evaluation mode has both in the first
+  size_t coefficients_offset, workspace_bytes;
+};
+ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits);
+BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& limits);
+
+// Whether what a step writes would only push from the second-level cache what is needed sooner.
+bool streams_past_l2(const Shape& shape, DType dtype, const DeviceLimits& limits);
+
+}  // namespace batchnorm_ext::cuda

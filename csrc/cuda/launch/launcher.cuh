@@ -1,0 +1,94 @@
+// The one place that launches a kernel, and the choice of a kernel's view and vector width from a plan.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/kernels/pointwise.cuh"
+#include "cuda/kernels/reduce.cuh"
+#include "cuda/launch/launch_plan.h"
+
+namespace batchnorm_ext::cuda {
+
+inline void check(cudaError_t status, const char* step) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("batchnorm_ext: CUDA step ") + step + " failed: " + cudaGetErrorString(status));
+}
+
+// A parameter's type is the kernel's; arguments only convert to it.
+template <class V>
+struct Identity {
+  using type = V;
+};
+template <class V>
+using Exactly = typename Identity<V>::type;
+
+template <class... Parameters>
+void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y,
+            int threads, size_t shared_bytes, const Exactly<Parameters>&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
+}
+
+// use(view, width): the plan's view, and its vector width as a constant. Steps on one tensor always have whole vectors.
+template <class T, bool kOneTensor, class Use>
+void with_view(const StepPlan& plan, Use&& use) {
+  constexpr int kWide = kVectorBytes / sizeof(T);
+  const auto with_width = [&](const auto& view) {
+    if constexpr (!kOneTensor) {
+      if (plan.vector != kWide) return use(view, std::integral_constant<int, 1>{});
+    }
+    use(view, std::integral_constant<int, kWide>{});
+  };
+  if (plan.rows) {
+    with_width(plan.row_view);
+  } else {
+    with_width(plan.column_view);
+  }
+}
+
+template <class T, bool kOneTensor, class Op>
+void launch_reduce(const char* step, const StepPlan& plan, const Op& op, cudaStream_t stream) {
+  with_view<T, kOneTensor>(plan, [&](const auto& view, auto width) {
+    using View = std::decay_t<decltype(view)>;
+    constexpr int kWidth = decltype(width)::value;
+    constexpr size_t kSharedBytes = kBlockThreads * kChannelsPerThread<View, kWidth> * sizeof(typename Op::Item);
+    static_assert(kSharedBytes <= 48 * 1024, "more needs the kernel's consent");
+    launch(step, stream, reduce<Op, View, kWidth, kBlockThreads>, plan.tiles, plan.splits, kBlockThreads, kSharedBytes,
+           view, op);
+  });
+}
+
+template <class Op>
+void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cudaStream_t stream) {
+  with_view<typename Op::T, false>(plan, [&](const auto& view, auto width) {
+    using View = std::decay_t<decltype(view)>;
+    const size_t shared_bytes = static_cast<size_t>(plan.tile_channels()) * sizeof(typename Op::Coefficients);
+    launch(step, stream, pointwise<Op, View, decltype(width)::value, kBlockThreads>, plan.tiles, plan.splits,
+           kBlockThreads, shared_bytes, view, op);
+  });
+}
+
+// A warp for each channel.
+template <class... Parameters>
+void launch_finalize(const char* step, cudaStream_t stream, void (*kernel)(Parameters...), int64_t channels,
+                     const Exactly<Parameters>&... arguments) {
+  constexpr int kChannelsPerBlock = kFinalizeThreads / kWarp;
+  launch(step, stream, kernel, (channels + kChannelsPerBlock - 1) / kChannelsPerBlock, 1, kFinalizeThreads, 0,
+         arguments...);
+}
+
+inline Reuse output_reuse(const Shape& shape, DType dtype, const DeviceLimits& limits) {
+  return streams_past_l2(shape, dtype, limits) ? Reuse::none : Reuse::soon;
+}
+
+}  // namespace batchnorm_ext::cuda

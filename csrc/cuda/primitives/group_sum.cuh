@@ -1,0 +1,20 @@
+// Sums over groups of neighbouring threads of a warp, in a fixed order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace batchnorm_ext::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The sum over `width` threads, a power of two, the same to the bit in each of them. All threads of the warp call it.
+template <class V>
+__device__ __forceinline__ V group_sum(V value, int width) {
+  for (int distance = width / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
+  return value;
+}
+
+}  // namespace batchnorm_ext::cuda

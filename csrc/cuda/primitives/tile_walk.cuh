@@ -1,0 +1,192 @@
+// Which vectors a thread visits in a view, in order, without a division per vector.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/primitives/pack.cuh"
+#include "cuda/primitives/views.h"
+
+namespace batchnorm_ext::cuda {
+
+// The channels a block works on.
+struct Tile {
+  int64_t first;
+  int count;
+};
+
+// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next().
+template <class View, int kVector, int kThreads>
+class TileWalk;
+
+template <int kVector, int kThreads>
+class TileWalk<RowView, kVector, kThreads> {
+ public:
+  static constexpr int kFoldWidth = 32;
+
+  __device__ static Tile tile(const RowView&, int64_t index) { return {index, 1}; }
+
+  __device__ TileWalk(const RowView& view, const Tile& tile, int64_t split)
+      : inner_(view.shape.inner),
+        misalignment_(static_cast<int>(view.misalignment)),
+        run_vectors_(view.run_vectors),
+        step_vectors_(view.step_vectors),
+        pitch_(view.shape.channels * view.shape.inner),
+        step_starts_(view.step_runs * pitch_) {
+    const int64_t first = split * view.split_vectors + threadIdx.x;
+    const int64_t all = view.shape.outer * view.run_vectors;
+    const int64_t end = all < (split + 1) * view.split_vectors ? all : (split + 1) * view.split_vectors;
+    const int64_t run = first / view.run_vectors;
+    count_ = first < end ? (end - first + kThreads - 1) / kThreads : 0;
+    vector_ = first - run * view.run_vectors;
+    run_start_ = run * pitch_ + tile.first * inner_;
+  }
+
+  __device__ int64_t count() const { return count_; }
+
+  __device__ __forceinline__ Slot next() {
+    const int head = static_cast<int>(run_start_ + misalignment_) & (kVector - 1);
+    const int64_t left = inner_ + head - vector_ * kVector;
+    const Slot slot{run_start_ - head + vector_ * kVector, vector_ == 0 ? head : 0,
+                    left < kVector ? static_cast<int>(left) : kVector};
+    samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
+    vector_ += step_vectors_;
+    run_start_ += step_starts_;
+    if (vector_ >= run_vectors_) {
+      vector_ -= run_vectors_;
+      run_start_ += pitch_;
+    }
+    return slot;
+  }
+
+  // Channel, within the tile, of an element of this thread's vectors.
+  __device__ void channels(int (&channel)[1]) const { channel[0] = 0; }
+  // Elements visited, after the walk.
+  __device__ int64_t samples(int) const { return samples_; }
+
+  // Where the sums of a channel lie among those of all threads.
+  __device__ int fold_width() const { return kFoldWidth; }
+  __device__ int fold_items() const { return kThreads; }
+  __device__ int fold_index(int, int item) const { return item; }
+
+ private:
+  int64_t inner_;
+  int misalignment_;
+  int64_t run_vectors_, step_vectors_, pitch_, step_starts_;
+  int64_t count_, vector_, run_start_;
+  int64_t samples_ = 0;
+};
+
+template <int kVector, int kThreads>
+class TileWalk<ColumnView, kVector, kThreads> {
+ public:
+  __device__ static Tile tile(const ColumnView& view, int64_t index) {
+    const int64_t first = index * view.tile_channels;
+    const int64_t left = view.shape.channels - first;
+    return {first, static_cast<int>(left < view.tile_channels ? left : view.tile_channels)};
+  }
+
+  __device__ TileWalk(const ColumnView& view, const Tile& tile, int64_t split)
+      : inner_(static_cast<int>(view.shape.inner)),
+        row_channels_(static_cast<int>(view.outer_per_row == 1 ? tile.count : view.shape.channels)),
+        channel_items_(static_cast<int>(view.outer_per_row) * inner_),
+        tile_elements_(view.tile_vectors * kVector),
+        lanes_(view.lanes),
+        fold_width_(view.fold_width),
+        elements_(view.shape.elements()) {
+    const int lane = static_cast<int>(threadIdx.x) / view.tile_vectors;
+    const int vector = static_cast<int>(threadIdx.x) - lane * view.tile_vectors;
+    const int64_t pitch = view.pitch();
+    const int64_t phase = split % view.phases;
+    const int64_t part = split / view.phases;
+    const int64_t rows_of_phase = (view.rows() - phase + view.phases - 1) / view.phases;
+    const int64_t part_end = (part + 1) * view.phase_rows;
+    const int64_t end = part_end < rows_of_phase ? part_end : rows_of_phase;
+    const int64_t first = part * view.phase_rows + lane;
+    count_ = lane < view.lanes && first < end ? (end - first + view.lanes - 1) / view.lanes : 0;
+
+    const int64_t row_start = (phase + view.phases * first) * pitch + tile.first * inner_;
+    head_ = static_cast<int>(row_start + view.misalignment) & (kVector - 1);
+    column_ = vector * kVector - head_;
+    const int width = row_channels_ * channel_items_;
+    low_ = column_ < 0 ? -column_ : 0;
+    high_ = width - column_ < kVector ? width - column_ : kVector;
+    offset_ = row_start + column_;
+    step_ = view.lanes * view.phases * pitch;
+  }
+
+  __device__ int64_t count() const { return count_; }
+
+  __device__ __forceinline__ Slot next() {
+    const int64_t left = elements_ - offset_;  // the last row may end early
+    const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_};
+    offset_ += step_;
+    return slot;
+  }
+
+  __device__ void channels(int (&channel)[kVector]) const {
+    const int first = column_ < 0 ? 0 : column_;
+    int position = first % inner_;
+    int current = first / inner_ % row_channels_;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      channel[e] = current;
+      if (e >= low_ && ++position == inner_) {
+        position = 0;
+        if (++current == row_channels_) current = 0;
+      }
+    }
+  }
+
+  __device__ int64_t samples(int element) const {
+    if (element < low_ || element >= high_ || count_ == 0) return 0;
+    return count_ - (offset_ - step_ + element >= elements_ ? 1 : 0);
+  }
+
+  __device__ int fold_width() const { return fold_width_; }
+  __device__ int fold_items() const { return lanes_ * channel_items_; }
+  __device__ int fold_index(int channel, int item) const {
+    const int lane = item / channel_items_;
+    const int within = item - lane * channel_items_;
+    const int outer = within / inner_;
+    return lane * tile_elements_ + head_ + (outer * row_channels_ + channel) * inner_ + (within - outer * inner_);
+  }
+
+ private:
+  int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
+  int head_, column_, low_, high_;
+  int64_t elements_, count_, offset_, step_;
+};
+
+// The accumulators, or sets of coefficients, that a thread keeps: one where all it visits is one channel's, else one
+// for each element of its vectors.
+template <class View, int kVector>
+constexpr int kChannelsPerThread = View::kOneChannel ? 1 : kVector;
+
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+// Calls visit(slots, whole) with kUnroll slots at a time, so that their loads are in flight together; `whole` is a
+// constant: whether every element of each is meant. Missing slots at the end are empty.
+template <int kUnroll, int kVector, class Walk, class Visit>
+__device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
+  for (int64_t left = walk.count(); left > 0; left -= kUnroll) {
+    Slot slots[kUnroll];
+    bool whole = left >= kUnroll;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      slots[u] = u < left ? walk.next() : Slot{0, 0, 0};
+      whole = whole && slots[u].low == 0 && slots[u].high == kVector;
+    }
+    if (whole) {
+      visit(slots, Constant<true>{});
+    } else {
+      visit(slots, Constant<false>{});
+    }
+  }
+}
+
+}  // namespace batchnorm_ext::cuda

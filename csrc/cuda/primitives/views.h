@@ -1,0 +1,54 @@
+// The two ways in which blocks and threads divide a tensor [outer][channels][inner], as plain sizes chosen by the host.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace batchnorm_ext::cuda {
+
+// A vector is the 16 bytes, or the single element, that a thread loads at once. Every tensor of a call lies at the same
+// distance from a vector boundary: `misalignment` elements past one. Vectors are counted from the boundary, so the
+// first and the last one of a run may reach over its ends and are then read element by element.
+
+// Long runs. Block (channel, split) takes a contiguous share of the vectors of one channel's `outer` runs.
+struct RowView {
+  static constexpr bool kOneChannel = true;
+
+  Shape shape;
+  int64_t misalignment;
+  int64_t run_vectors;  // that cover any run, wherever it starts
+  int64_t split_vectors;
+  int64_t splits;
+  int64_t step_runs, step_vectors;  // the number of threads, in runs and remaining vectors
+};
+
+// Short runs and inner == 1. The tensor is a matrix whose rows are `outer_per_row` of the `outer` indices, so that rows
+// start at vector boundaries although a single index would not. A tile is a range of channels of a row; each thread
+// keeps one vector of columns of its tile and walks down the rows. Where rows start at different distances from a
+// vector boundary, the rows of a split are those of one `phase`, `phases` apart, which start at the same.
+struct ColumnView {
+  static constexpr bool kOneChannel = false;
+
+  Shape shape;
+  int64_t misalignment;
+  int64_t outer_per_row;
+  int64_t tile_channels;  // all of them when outer_per_row > 1
+  int64_t phases;
+  int64_t phase_rows;  // rows a split takes of its phase
+  int64_t splits;      // phases * splits of a phase; split s has phase s % phases
+  int tile_vectors;    // that cover a row of a tile, wherever it starts
+  int lanes;           // rows that a block works on at once
+  int fold_width;      // threads that fold one channel's sums of a block: a power of two up to the size of a warp
+
+  BN_HOST_DEVICE int64_t pitch() const { return outer_per_row * shape.channels * shape.inner; }
+  BN_HOST_DEVICE int64_t rows() const { return (shape.outer + outer_per_row - 1) / outer_per_row; }
+};
+
+// A split's part of a channel's gradient sums: sum(dy) and sum(dy * (x - mean)).
+template <class A>
+struct GradientPartial {
+  A sum_dy, sum_dy_xmu;
+};
+
+}  // namespace batchnorm_ext::cuda
