@@ -96,8 +96,10 @@ class BatchNorm:
         self._xhat = deviation * _per_channel(self.inv_std, rank)
 
         weighted = self._xhat * _per_channel(self._weight, rank)
-        # The statistics carry an error of their own, as large as a typical deviation's.
-        typical = np.abs(self._weight) * self.inv_std * np.sqrt(self.variance)
+        # The statistics carry an error of their own, as large as a typical deviation's. Where x is float64 there is no
+        # wider type to keep a large mean in, and its rounding, relative to the deviation, is added.
+        self._lost = np.abs(self.mean) if x.dtype == torch.float64 else np.zeros(channels)
+        typical = np.abs(self._weight) * self.inv_std * (np.sqrt(self.variance) + self._lost)
         self.y = Exact(
             weighted + _per_channel(self._bias, rank),
             np.abs(weighted) + _per_channel(typical + np.abs(self._bias), rank),
@@ -109,7 +111,9 @@ class BatchNorm:
             unbiased = self.variance * self._samples / np.longdouble(self._samples - 1)
             magnitude = np.abs(self._x).mean(axis=self._axes)
             self.running_mean = self._moved(old_mean, Exact(self.mean, magnitude), share)
-            self.running_var = self._moved(old_var, Exact(unbiased, unbiased), share)
+            self.running_var = self._moved(
+                old_var, Exact(unbiased, unbiased + self._lost * np.sqrt(unbiased)), share
+            )
 
     @staticmethod
     def _moved(old: Array, new: Exact, share: np.longdouble) -> Exact:
