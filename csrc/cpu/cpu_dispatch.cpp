@@ -1,0 +1,95 @@
+// Picks the instruction set at run time, and does what needs no vectors: empty batches, the batch counter, huge pages.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/formulas.h"
+#include "cpu/backend.h"
+#include "cpu/kernel_table.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace batchnorm_ext::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const KernelTable* kernels;
+};
+
+InstructionSet detect() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto capped = [&](const char* value) { return variable != nullptr && std::strcmp(variable, value) == 0; };
+  if (!capped("default")) {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && !capped("avx2")) return {"avx512", &avx512::kernels};
+    if (avx2) return {"avx2", &avx2::kernels};
+  }
+#endif
+  return {"baseline", &baseline::kernels};
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet set = detect();
+  return set;
+}
+
+Threads threads_of(const Executor& executor) {
+  const auto run = [](const void* erased, int64_t tasks, void (*task)(const void*, int64_t), const void* state) {
+    static_cast<const Executor*>(erased)->run(tasks, [=](int64_t index) { task(state, index); });
+  };
+  return {executor.threads > 1 ? executor.threads : 1, &executor, run};
+}
+
+// Allocators map a tensor of this size afresh for each call, and faulting it in by small pages costs several times
+// what writing it does.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t always_fresh = 32 << 20;
+  constexpr uintptr_t page = 4096;
+  if (data == nullptr || bytes <= always_fresh) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
+  // Advice only: a refusal changes nothing but speed.
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+}  // namespace
+
+const char* instruction_set() {
+  return chosen().name;
+}
+
+void forward(const ForwardParams& params, const Executor& executor) {
+  ForwardParams call = params;
+  if (call.batch_statistics && call.running.num_batches_tracked != nullptr) {
+    call.running.momentum = running_momentum(call.running, ++*call.running.num_batches_tracked);
+  }
+  if (call.shape.elements() == 0) return;
+  advise_huge_pages(call.y, call.shape.elements() * element_size(call.dtype));
+  chosen().kernels->forward(call, threads_of(executor));
+}
+
+void backward(const BackwardParams& params, const Executor& executor) {
+  if (params.shape.elements() == 0) {
+    for (int64_t channel = 0; channel < params.shape.channels; ++channel) {
+      params.dweight.store(channel, 0.0);
+      params.dbias.store(channel, 0.0);
+    }
+    return;
+  }
+  advise_huge_pages(params.dx, params.shape.elements() * element_size(params.dtype));
+  chosen().kernels->backward(params, threads_of(executor));
+}
+
+}  // namespace batchnorm_ext::cpu

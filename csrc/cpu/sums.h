@@ -1,0 +1,197 @@
+// Two sums per channel over a range of samples, in the planes and the columns view. What is summed is the Sum
+// operation:
+//   Sum::inputs                          how many tensors it reads, 1 or 2
+//   Sum::add(v0, v1, center, s, q)       adds one vector of samples to the two sums
+//   center[channel]                      the operation's constant of a channel, in the accumulate type
+// Sums are short (accumulate type) and handed over channel by channel, to be merged in double.
+#pragma once
+
+#include "cpu/blocking.h"
+#include "cpu/simd.h"
+
+namespace batchnorm_ext::cpu::BN_CPU_ISA {
+
+constexpr int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t max(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+template <class E>
+struct Inputs {
+  const E* first;
+  const E* second;  // equals first where only one tensor is read
+
+  BN_HOST_DEVICE Inputs at(int64_t offset) const { return {first + offset, second + offset}; }
+};
+
+template <class A>
+struct SumPair {
+  Vec<A> s, q;
+};
+
+// How much of a channel is added up in the accumulate type before it is merged in double: a few hundred additions to
+// one lane, so that rounding stays near that of the lanes' own sum.
+constexpr int accumulators = 4;
+template <class A>
+constexpr int64_t samples_per_sum = 128 * accumulators * Vec<A>::lanes;
+constexpr int64_t planes_per_sum = 128;
+constexpr int64_t rows_per_sum = 512;
+
+// One contiguous run of a channel.
+template <class Sum, class E, class A = accumulate_t<E>>
+inline void sum_run(Inputs<E> in, int64_t count, Vec<A> center, SumPair<A>& sums) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  constexpr int unroll = accumulators;
+  int64_t i = 0;
+  const auto load_second = [&](int64_t at, Vec<A> first) {
+    if constexpr (Sum::inputs == 2)
+      return load(in.second + at);
+    else
+      return first;
+  };
+  if (count >= unroll * lanes) {
+    SumPair<A> partial[unroll];
+    for (auto& pair : partial) pair = {Vec<A>(A(0)), Vec<A>(A(0))};
+    for (; i + unroll * lanes <= count; i += unroll * lanes) {
+      for (int u = 0; u < unroll; ++u) {
+        const Vec<A> first = load(in.first + i + u * lanes);
+        Sum::add(first, load_second(i + u * lanes, first), center, partial[u].s, partial[u].q);
+      }
+    }
+    sums.s += (partial[0].s + partial[1].s) + (partial[2].s + partial[3].s);
+    sums.q += (partial[0].q + partial[1].q) + (partial[2].q + partial[3].q);
+  }
+  for (; i + lanes <= count; i += lanes) {
+    const Vec<A> first = load(in.first + i);
+    Sum::add(first, load_second(i, first), center, sums.s, sums.q);
+  }
+  if (i < count) {
+    const Vec<A> neutral = Sum::neutral(center);
+    const Vec<A> first = load_first(in.first + i, count - i, neutral);
+    Vec<A> second = first;
+    if constexpr (Sum::inputs == 2) second = load_first(in.second + i, count - i, neutral);
+    Sum::add(first, second, center, sums.s, sums.q);
+  }
+}
+
+// `rows` rows added to per-column sums. Several rows at once, so that the sums are loaded and stored rarely.
+template <class Sum, int rows, class E, class A = accumulate_t<E>>
+inline void sum_rows(Inputs<E> in, int64_t pitch, int64_t columns, const A* center, A* s, A* q) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  const auto step = [&](int64_t j, auto load_at) {
+    const Vec<A> c = load(center + j);
+    SumPair<A> even{Vec<A>(A(0)), Vec<A>(A(0))}, odd = even;
+    for (int r = 0; r < rows; ++r) {
+      const Vec<A> first = load_at(in.first + r * pitch + j, c);
+      Vec<A> second = first;
+      if constexpr (Sum::inputs == 2) second = load_at(in.second + r * pitch + j, c);
+      SumPair<A>& sums = r % 2 == 0 ? even : odd;
+      Sum::add(first, second, c, sums.s, sums.q);
+    }
+    store(s + j, load(s + j) + (even.s + odd.s));
+    store(q + j, load(q + j) + (even.q + odd.q));
+  };
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    step(j, [](const E* p, Vec<A>) { return load(p); });
+  }
+  if (j < columns) {
+    step(j, [&](const E* p, Vec<A> c) { return load_first(p, columns - j, Sum::neutral(c)); });
+  }
+}
+
+// Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): emit(channel, sum, sum of squares).
+template <class Sum, class E, class A, class Emit>
+inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range slab, const A* center, Emit emit) {
+  SumPair<A> sums[max_block_channels];
+  for (int64_t c = 0; c < channels.size(); ++c) sums[c] = {Vec<A>(A(0)), Vec<A>(A(0))};
+  for (int64_t sample = slab.begin; sample < slab.end;) {
+    const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
+    const int64_t count = min(shape.inner - inner, slab.end - sample);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      sum_run<Sum>(in.at((outer * shape.channels + c) * shape.inner + inner), count, Vec<A>(center[c]),
+                   sums[c - channels.begin]);
+    }
+    sample += count;
+  }
+  for (int64_t c = 0; c < channels.size(); ++c) {
+    emit(channels.begin + c, static_cast<double>(sum_of_lanes(sums[c].s)),
+         static_cast<double>(sum_of_lanes(sums[c].q)));
+  }
+}
+
+// Values of a channel vector spread over the columns of a block.
+template <class A>
+inline void spread(const Shape& shape, int64_t repeat, Range channels, const A* per_channel, A* per_column) {
+  for (int64_t r = 0; r < repeat; ++r) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      for (int64_t i = 0; i < shape.inner; ++i) *per_column++ = per_channel[c];
+    }
+  }
+  for (int i = 0; i < Vec<A>::lanes; ++i) per_column[i] = A(0);  // a last partial vector reads whole
+}
+
+template <class Sum, class E, class A, class Emit>
+inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range channels, Range slab, const A* center,
+                        Emit emit) {
+  constexpr int64_t padded = max_columns + Vec<A>::lanes;
+  alignas(cache_line) A column_center[padded], s[padded], q[padded];
+  spread(shape, repeat, channels, center, column_center);
+  const int64_t row_columns = channels.size() * shape.inner;
+  const int64_t columns = row_columns * repeat;
+  for (int64_t j = 0; j < columns + Vec<A>::lanes; ++j) s[j] = q[j] = A(0);
+
+  constexpr int together = Sum::inputs == 1 ? 8 : 4;
+  const int64_t pitch = shape.channels * shape.inner * repeat;
+  const int64_t begin = slab.begin / shape.inner, rows = slab.size() / shape.inner;
+  in = in.at((begin * shape.channels + channels.begin) * shape.inner);
+  int64_t row = 0;
+  for (; row + together <= rows / repeat; row += together) {
+    sum_rows<Sum, together>(in.at(row * pitch), pitch, columns, column_center, s, q);
+  }
+  for (; row < rows / repeat; ++row) sum_rows<Sum, 1>(in.at(row * pitch), pitch, columns, column_center, s, q);
+  if (rows % repeat != 0) {
+    sum_rows<Sum, 1>(in.at(row * pitch), pitch, rows % repeat * row_columns, column_center, s, q);
+  }
+
+  if (row_columns * repeat == channels.size()) {
+    for (int64_t c = 0; c < columns; ++c) {
+      emit(channels.begin + c, static_cast<double>(s[c]), static_cast<double>(q[c]));
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels.size(); ++c) {
+    double channel_s = 0, channel_q = 0;
+    for (int64_t r = 0; r < repeat; ++r) {
+      for (int64_t j = r * row_columns + c * shape.inner; j < r * row_columns + (c + 1) * shape.inner; ++j) {
+        channel_s += static_cast<double>(s[j]);
+        channel_q += static_cast<double>(q[j]);
+      }
+    }
+    emit(channels.begin + c, channel_s, channel_q);
+  }
+}
+
+// The end of the slab that starts at sample `begin`: as much as is summed before merging in double.
+template <class A>
+inline int64_t slab_end(const Shape& shape, const Blocking& blocking, int64_t begin, int64_t end) {
+  if (blocking.columns) return min(end, begin + rows_per_sum * blocking.repeat * shape.inner);
+  const int64_t plane_begin = begin - begin % shape.inner;
+  const int64_t planes = min(planes_per_sum, samples_per_sum<A> / shape.inner);
+  if (planes == 0) return min(min(end, plane_begin + shape.inner), begin + samples_per_sum<A>);
+  return min(end, plane_begin + planes * shape.inner);
+}
+
+template <class Sum, class E, class A, class Emit>
+inline void sum_slab(const Shape& shape, const Blocking& blocking, Inputs<E> in, Range channels, Range slab,
+                     const A* center, Emit emit) {
+  if (blocking.columns) {
+    sum_columns<Sum>(shape, blocking.repeat, in, channels, slab, center, emit);
+  } else {
+    sum_planes<Sum>(shape, in, channels, slab, center, emit);
+  }
+}
+
+}  // namespace batchnorm_ext::cpu::BN_CPU_ISA

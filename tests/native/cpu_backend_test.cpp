@@ -1,0 +1,546 @@
+// Tests the CPU backend without torch: every instruction set, element type, layout and thread count against a long
+// double oracle. Build: g++ -std=c++17 -O2 -pthread -Icsrc tests/native/cpu_backend_test.cpp csrc/cpu/*.cpp
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "core/formulas.h"
+#include "cpu/backend.h"
+
+namespace {
+
+using namespace batchnorm_ext;
+
+int passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok && failed <= 20) std::printf("FAILED (%s) %s\n", cpu::instruction_set(), what.c_str());
+}
+
+cpu::Executor executor_with(int threads, int64_t* runs = nullptr) {
+  return {threads, [=](int64_t tasks, const std::function<void(int64_t)>& task) {
+            if (runs != nullptr) ++*runs;
+            std::vector<std::thread> pool;
+            for (int64_t i = 0; i < tasks; ++i) pool.emplace_back(task, i);
+            for (auto& thread : pool) thread.join();
+          }};
+}
+
+template <class E>
+constexpr double unit_roundoff() {
+  switch (DTypeOf<E>::value) {
+    case DType::float64:
+      return 0x1p-53;
+    case DType::float32:
+      return 0x1p-24;
+    case DType::float16:
+      return 0x1p-11;
+    default:
+      return 0x1p-8;
+  }
+}
+
+// One guard value on either side shows writes out of bounds.
+template <class E>
+struct Tensor {
+  std::vector<E> storage;
+
+  explicit Tensor(int64_t size, double value = 0)
+      : storage(static_cast<size_t>(size) + 2, narrow<E>(static_cast<accumulate_t<E>>(value))) {
+    storage[0] = storage[static_cast<size_t>(size) + 1] = narrow<E>(static_cast<accumulate_t<E>>(-77));
+  }
+  E* data() { return storage.data() + 1; }
+  const E* data() const { return storage.data() + 1; }
+  int64_t size() const { return static_cast<int64_t>(storage.size()) - 2; }
+  double at(int64_t i) const { return static_cast<double>(widen(data()[i])); }
+  void set(int64_t i, double value) { data()[i] = narrow<E>(static_cast<accumulate_t<E>>(value)); }
+  bool guarded() const { return widen(storage.front()) == -77 && widen(storage.back()) == -77; }
+  bool same_bits(const Tensor& other) const {
+    return std::memcmp(storage.data(), other.storage.data(), storage.size() * sizeof(E)) == 0;
+  }
+};
+
+template <class E>
+Tensor<E> normal(int64_t size, double mean, double std, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> distribution(mean, std);
+  Tensor<E> tensor(size);
+  for (int64_t i = 0; i < size; ++i) tensor.set(i, distribution(generator));
+  return tensor;
+}
+
+template <class E>
+struct Forward {
+  using A = accumulate_t<E>;
+  Tensor<E> y;
+  Tensor<A> mean, inv_std, running_mean, running_var;
+  int64_t batches = 4;
+};
+
+template <class E>
+struct Case {
+  using A = accumulate_t<E>;
+  Shape shape;
+  Tensor<E> x, dy;
+  Tensor<float> weight, bias;
+  bool affine = true;
+  double eps = 1e-5;
+
+  Case(Shape s, double mean = 0.5, double std = 2)
+      : shape(s),
+        x(normal<E>(s.elements(), mean, std, 1)),
+        dy(normal<E>(s.elements(), 0.25, 1, 2)),
+        weight(normal<float>(s.channels, 1, 0.3, 3)),
+        bias(normal<float>(s.channels, 0, 1, 4)) {}
+
+  std::string name() const {
+    return "dtype " + std::to_string(int(DTypeOf<E>::value)) + " [" + std::to_string(shape.outer) + "][" +
+           std::to_string(shape.channels) + "][" + std::to_string(shape.inner) + "]";
+  }
+
+  int64_t at(int64_t channel, int64_t sample) const {
+    return (sample / shape.inner * shape.channels + channel) * shape.inner + sample % shape.inner;
+  }
+
+  Forward<E> forward(int threads, bool training, bool cumulative = false, bool skip_nonfinite = false) const {
+    const int64_t c = shape.channels;
+    Forward<E> result{Tensor<E>(shape.elements()), Tensor<A>(c), Tensor<A>(c), Tensor<A>(c, 0.75), Tensor<A>(c, 1.5)};
+    ForwardParams params{};
+    params.shape = shape;
+    params.dtype = DTypeOf<E>::value;
+    params.x = x.data();
+    params.y = result.y.data();
+    if (affine) params.weight = {weight.data(), DType::float32};
+    if (affine) params.bias = {bias.data(), DType::float32};
+    params.running.mean = {result.running_mean.data(), DTypeOf<A>::value};
+    params.running.variance = {result.running_var.data(), DTypeOf<A>::value};
+    params.running.num_batches_tracked = &result.batches;
+    params.running.momentum = 0.1;
+    params.running.cumulative = cumulative;
+    params.running.skip_nonfinite = skip_nonfinite;
+    params.eps = eps;
+    params.batch_statistics = training;
+    params.mean = result.mean.data();
+    params.inv_std = result.inv_std.data();
+    cpu::forward(params, executor_with(threads));
+    return result;
+  }
+};
+
+bool near(double actual, long double expected, double tolerance) {
+  if (std::isnan(static_cast<double>(expected))) return std::isnan(actual);
+  if (std::isinf(static_cast<double>(expected))) return actual == static_cast<double>(expected);
+  return std::fabs(actual - static_cast<double>(expected)) <= tolerance;
+}
+
+struct Statistics {
+  long double mean = 0, m2 = 0;
+};
+
+template <class E>
+Statistics statistics_of(const Case<E>& c, int64_t channel) {
+  Statistics result;
+  const int64_t n = c.shape.samples();
+  for (int64_t i = 0; i < n; ++i) result.mean += c.x.at(c.at(channel, i));
+  result.mean /= n;
+  for (int64_t i = 0; i < n; ++i) {
+    const long double d = c.x.at(c.at(channel, i)) - result.mean;
+    result.m2 += d * d;
+  }
+  return result;
+}
+
+template <class E>
+void check_forward(const Case<E>& c, const Forward<E>& result, bool training, double momentum, const std::string& name,
+                   double roundoffs = 16) {
+  const int64_t n = c.shape.samples();
+  // Squares of values with few bits round alike in a sum.
+  if (sizeof(E) == 2) roundoffs *= 2;
+  const double accurate = roundoffs * unit_roundoff<accumulate_t<E>>();
+  bool saved = true, running = true, output = true;
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    Statistics s = training ? statistics_of(c, channel) : Statistics{0.75L, 1.5L * n};
+    const long double variance = s.m2 / n, inv_std = 1 / std::sqrt(variance + (long double)c.eps);
+    const double deviation = static_cast<double>(std::sqrt(variance));
+    saved = saved && near(result.mean.at(channel), s.mean, accurate * (std::fabs(double(s.mean)) + deviation));
+    saved = saved && near(result.inv_std.at(channel), inv_std, accurate * double(inv_std));
+    const long double unbiased = s.m2 / (n - 1);
+    const long double expected_mean = training ? 0.75L * (1 - momentum) + s.mean * momentum : 0.75L;
+    const long double expected_var = training ? 1.5L * (1 - momentum) + unbiased * momentum : 1.5L;
+    running = running && near(result.running_mean.at(channel), expected_mean,
+                              accurate * (std::fabs(double(s.mean)) + deviation + 1));
+    running = running && near(result.running_var.at(channel), expected_var, accurate * (double(expected_var) + 1));
+    const long double weight = c.affine ? c.weight.at(channel) : 1, bias = c.affine ? c.bias.at(channel) : 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const long double xhat = (c.x.at(c.at(channel, i)) - s.mean) * inv_std;
+      const long double expected = xhat * weight + bias;
+      const double scale = std::fabs(double(xhat * weight)) + std::fabs(double(bias)) + 1;
+      const double tolerance = (unit_roundoff<E>() + accurate) * scale;
+      if (!near(result.y.at(c.at(channel, i)), expected, tolerance)) output = false;
+    }
+  }
+  check(saved, name + ": saved mean and inv_std");
+  check(running, name + ": running statistics");
+  check(output, name + ": output");
+  check(result.batches == (training ? 5 : 4), name + ": batch counter");
+  check(result.y.guarded() && result.mean.guarded() && result.inv_std.guarded(), name + ": bounds");
+}
+
+template <class E>
+struct Gradients {
+  Tensor<E> dx;
+  Tensor<float> dweight, dbias;
+};
+
+template <class E>
+Gradients<E> backward(const Case<E>& c, const Forward<E>& saved, int threads, bool training, bool want_dx = true,
+                      bool want_dweight = true, bool want_dbias = true) {
+  Gradients<E> result{Tensor<E>(c.shape.elements()), Tensor<float>(c.shape.channels, 9),
+                      Tensor<float>(c.shape.channels, 9)};
+  BackwardParams params{};
+  params.shape = c.shape;
+  params.dtype = DTypeOf<E>::value;
+  params.dy = c.dy.data();
+  params.x = (training && want_dx) || want_dweight ? c.x.data() : nullptr;
+  params.dx = want_dx ? result.dx.data() : nullptr;
+  if (c.affine) params.weight = {c.weight.data(), DType::float32};
+  params.mean = saved.mean.data();
+  params.inv_std = saved.inv_std.data();
+  if (want_dweight) params.dweight = {result.dweight.data(), DType::float32};
+  if (want_dbias) params.dbias = {result.dbias.data(), DType::float32};
+  params.batch_statistics = training;
+  cpu::backward(params, executor_with(threads));
+  return result;
+}
+
+template <class E>
+void check_backward(const Case<E>& c, const Forward<E>& saved, const Gradients<E>& result, bool training, bool want_dx,
+                    bool want_dweight, bool want_dbias, const std::string& name) {
+  const int64_t n = c.shape.samples();
+  const double accurate = 16 * unit_roundoff<accumulate_t<E>>();
+  bool sums = true, gradient = true;
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    const long double mean = saved.mean.at(channel), inv_std = saved.inv_std.at(channel);
+    const long double weight = c.affine ? c.weight.at(channel) : 1;
+    long double sum_dy = 0, sum_dy_xhat = 0, size_dy = 0, size_dy_xhat = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const long double dy = c.dy.at(c.at(channel, i)), xhat = (c.x.at(c.at(channel, i)) - mean) * inv_std;
+      sum_dy += dy, sum_dy_xhat += dy * xhat;
+      size_dy += std::fabs(dy), size_dy_xhat += std::fabs(dy * xhat);
+    }
+    const double stored = 0x1p-23;  // dweight and dbias are float here
+    const auto bound = [&](long double size, long double value) {
+      return accurate * static_cast<double>(size) + stored * std::fabs(static_cast<double>(value));
+    };
+    if (want_dbias) sums = sums && near(result.dbias.at(channel), sum_dy, bound(size_dy, sum_dy));
+    if (want_dweight) sums = sums && near(result.dweight.at(channel), sum_dy_xhat, bound(size_dy_xhat, sum_dy_xhat));
+    if (!want_dx) continue;
+    for (int64_t i = 0; i < n; ++i) {
+      const long double dy = c.dy.at(c.at(channel, i)), xhat = (c.x.at(c.at(channel, i)) - mean) * inv_std;
+      const long double inner = training ? dy - sum_dy / n - xhat * (sum_dy_xhat / n) : dy;
+      const double scale = double(inv_std * std::fabs(weight)) *
+                           double(std::fabs(dy) + (training ? size_dy / n + std::fabs(xhat) * size_dy_xhat / n : 0));
+      const double subnormal =
+          std::is_same<E, float16>::value ? 0x1p-24 : 0x1p-133;  // spacing below which nothing scales
+      const double tolerance = (unit_roundoff<E>() + accurate) * scale + subnormal;
+      if (!near(result.dx.at(c.at(channel, i)), weight * inv_std * inner, tolerance)) gradient = false;
+    }
+  }
+  check(sums, name + ": dweight and dbias");
+  check(gradient, name + ": dx");
+  check(result.dx.guarded() && result.dweight.guarded() && result.dbias.guarded(), name + ": bounds");
+}
+
+// Each shape is here for a reason that the comment beside it gives.
+const Shape shapes[] = {
+    {2, 4, 4},       // tiny
+    {3, 5, 49},      // 7x7: a few vectors and a rest
+    {2, 3, 16},      // the shortest plane
+    {5, 3, 15},      // the longest run that is still walked in columns
+    {40, 33, 4},     // small planes of many channels
+    {2, 2, 20000},   // planes longer than a sum
+    {1, 1, 100003},  // one channel of one sample: tasks share a plane
+    {3, 3, 30011},   // fewer channels than it takes to share them
+    {300, 20, 196},  // more than the second-level cache holds of a block
+    {7, 150, 64},    // more channels than a block
+    {9, 64, 1},      // channels last, whole vectors
+    {1201, 3, 1},    // channels last, three channels: repeated rows and a rest
+    {6007, 1, 1},    // one channel of single values
+    {1500, 20, 1},   // several rows to a whole vector
+    {700, 65, 1},    // a vector and a rest in each row
+    {40, 2500, 1},   // more columns than a block
+    {3000, 130, 1},  // more rows than a sum
+    {2, 3, 1},       // fewer rows than are taken at once
+};
+
+template <class E>
+void test_against_oracle() {
+  for (const Shape& shape : shapes) {
+    for (const bool affine : {true, false}) {
+      Case<E> c(shape);
+      c.affine = affine;
+      for (const int threads : {1, 2, 3}) {
+        if (!affine && threads == 2) continue;
+        for (const bool training : {true, false}) {
+          const std::string name =
+              c.name() + (training ? " training, " : " evaluation, ") + std::to_string(threads) + " threads";
+          const Forward<E> saved = c.forward(threads, training);
+          check_forward(c, saved, training, 0.1, name);
+          check(saved.y.same_bits(c.forward(threads, training).y), name + ": forward repeats to the bit");
+          for (int wanted = 1; wanted < 8; ++wanted) {
+            if (wanted != 7 && (threads != 2 || shape.elements() > 100000)) continue;
+            const bool dx = wanted & 1, dweight = wanted & 2, dbias = wanted & 4;
+            const Gradients<E> gradients = backward(c, saved, threads, training, dx, dweight, dbias);
+            check_backward(c, saved, gradients, training, dx, dweight, dbias,
+                           name + " wants " + std::to_string(wanted));
+            if (wanted == 7) {
+              const Gradients<E> again = backward(c, saved, threads, training);
+              check(again.dx.same_bits(gradients.dx) && again.dweight.same_bits(gradients.dweight) &&
+                        again.dbias.same_bits(gradients.dbias),
+                    name + ": backward repeats to the bit");
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// A result larger than what is written through the caches.
+template <class E>
+void test_streamed() {
+  for (const Shape& shape :
+       {Shape{64, 20, 7000}, Shape{8, 1000, 1100}, Shape{500000, 19, 1}, Shape{4500, 2040, 1}, Shape{900, 512, 20}}) {
+    Case<E> c(shape);
+    const Forward<E> saved = c.forward(2, true);
+    check_forward(c, saved, true, 0.1, c.name() + " streamed");
+    check_backward(c, saved, backward(c, saved, 2, true), true, true, true, true, c.name() + " streamed");
+  }
+}
+
+void test_large_means() {
+  for (const double mean : {1e4, 1e5, 1e6}) {
+    for (const Shape& shape : {Shape{16, 3, 3136}, Shape{20000, 16, 1}, Shape{3, 5, 8}}) {
+      Case<float> c(shape, mean, 1);
+      for (const int threads : {1, 3}) {
+        check_forward(c, c.forward(threads, true), true, 0.1, c.name() + " mean " + std::to_string(mean));
+      }
+      // A beginning far from the rest must not spoil the sums around it.
+      for (int64_t channel = 0; channel < shape.channels; ++channel) c.x.set(c.at(channel, 0), 0);
+      check_forward(c, c.forward(2, true), true, 0.1, c.name() + " outlier first, mean " + std::to_string(mean), 64);
+    }
+  }
+}
+
+template <class E>
+void test_constant() {
+  for (const Shape& shape : {Shape{8, 3, 700}, Shape{2000, 24, 1}, Shape{3, 700, 5}}) {
+    for (const double value : {0.0, -3.140625, 30000.0}) {
+      Case<E> c(shape);
+      for (int64_t i = 0; i < shape.elements(); ++i) c.x.set(i, value);
+      const double stored = c.x.at(0);
+      const Forward<E> result = c.forward(2, true);
+      bool exact = true;
+      for (int64_t channel = 0; channel < shape.channels; ++channel) {
+        exact = exact && result.mean.at(channel) == stored;
+        const E bias = narrow<E>(static_cast<accumulate_t<E>>(c.bias.at(channel)));
+        for (int64_t i = 0; i < shape.samples(); ++i) {
+          exact = exact && result.y.at(c.at(channel, i)) == static_cast<double>(widen(bias));
+        }
+      }
+      check(exact, c.name() + " constant " + std::to_string(value) + " gives exactly mean and bias");
+    }
+  }
+}
+
+template <class E>
+void test_huge_values() {
+  for (const Shape& shape : {Shape{4, 3, 500}, Shape{1100, 20, 1}}) {
+    Case<E> c(shape, 1e30, 3e30);
+    for (const int threads : {1, 2}) {
+      const Forward<E> result = c.forward(threads, true);
+      bool good = true;
+      for (int64_t channel = 0; channel < shape.channels; ++channel) {
+        const Statistics s = statistics_of(c, channel);
+        const long double deviation = std::sqrt(s.m2 / shape.samples());
+        good = good && near(result.inv_std.at(channel), 1 / deviation, 1e-5 / double(deviation));
+        for (int64_t i = 0; i < shape.samples(); ++i) {
+          const long double expected =
+              (c.x.at(c.at(channel, i)) - s.mean) / deviation * c.weight.at(channel) + c.bias.at(channel);
+          good = good && near(result.y.at(c.at(channel, i)), expected,
+                              4 * unit_roundoff<E>() * (std::fabs(double(expected)) + 4));
+        }
+      }
+      check(good, c.name() + " values of 1e30");
+    }
+  }
+}
+
+template <class E>
+void test_nonfinite() {
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (const Shape& shape : {Shape{3, 4, 100}, Shape{300, 4, 1}}) {
+    Case<E> c(shape);
+    c.x.set(c.at(1, 7), nan);
+    c.x.set(c.at(2, 0), infinity);
+    const Forward<E> result = c.forward(1, true);
+    const Forward<E> skipping = c.forward(1, true, false, true);
+    bool clean = true, poisoned = true;
+    for (int64_t i = 0; i < shape.samples(); ++i) {
+      clean = clean && std::isfinite(result.y.at(c.at(0, i))) && std::isfinite(result.y.at(c.at(3, i)));
+      poisoned = poisoned && std::isnan(result.y.at(c.at(1, i))) && std::isnan(result.y.at(c.at(2, i)));
+    }
+    check(clean && poisoned, c.name() + ": NaN and infinity stay in their channels");
+    check(std::isnan(result.mean.at(1)) && result.mean.at(2) == infinity, c.name() + ": mean of NaN and infinity");
+    check(std::isnan(result.running_var.at(1)) && std::isnan(result.running_var.at(2)), c.name() + ": NaN is tracked");
+    check(skipping.running_mean.at(1) == 0.75 && skipping.running_var.at(2) == 1.5 &&
+              skipping.running_mean.at(2) == 0.75 && skipping.running_mean.at(0) == result.running_mean.at(0) &&
+              skipping.batches == 5,
+          c.name() + ": skip_nonfinite keeps the old values");
+  }
+}
+
+void test_running_statistics() {
+  Case<float> c({4, 3, 25});
+  check_forward(c, c.forward(1, true, true), true, 1.0 / 5, "cumulative momentum counts this batch");
+
+  // Half-precision running statistics, and none at all.
+  ForwardParams params{};
+  Tensor<float> y(c.shape.elements());
+  Tensor<bfloat16> running_mean(3, 1), running_var(3, 1);
+  params.shape = c.shape;
+  params.dtype = DType::float32;
+  params.x = c.x.data();
+  params.y = y.data();
+  params.eps = 1e-5;
+  params.batch_statistics = true;
+  params.running.momentum = 0.5;
+  cpu::forward(params, executor_with(1));
+  check(std::isfinite(y.at(0)), "no running statistics, no saved statistics");
+  params.running.mean = {running_mean.data(), DType::bfloat16};
+  params.running.variance = {running_var.data(), DType::bfloat16};
+  cpu::forward(params, executor_with(1));
+  const Statistics s = statistics_of(c, 2);
+  const double expected = static_cast<double>(0.5L + 0.5L * s.m2 / (c.shape.samples() - 1));
+  check(std::fabs(running_var.at(2) - expected) <= 0x1p-8 * expected, "running statistics in bfloat16");
+}
+
+void test_empty() {
+  for (const Shape& shape : {Shape{0, 3, 5}, Shape{4, 0, 5}, Shape{4, 3, 0}}) {
+    Case<float> c(shape);
+    const Forward<float> result = c.forward(2, true);
+    bool untouched = result.batches == 5;
+    for (int64_t i = 0; i < shape.channels; ++i) untouched = untouched && result.running_mean.at(i) == 0.75;
+    check(untouched, c.name() + ": only the counter changes");
+    const Gradients<float> gradients = backward(c, result, 2, true);
+    bool zero = true;
+    for (int64_t i = 0; i < shape.channels; ++i)
+      zero = zero && gradients.dweight.at(i) == 0 && gradients.dbias.at(i) == 0;
+    check(zero, c.name() + ": gradients of an empty batch are zero");
+  }
+}
+
+// Widening and narrowing in vectors must agree with core/dtype.h to the bit, for every 16-bit pattern.
+template <class E>
+void test_conversions() {
+  constexpr int64_t patterns = 1 << 16;
+  Tensor<E> dy(patterns), dx(patterns);
+  for (int64_t i = 0; i < patterns; ++i) dy.data()[i] = E{static_cast<uint16_t>(i)};
+  const float mean = 0, inv_std = 0.7f;
+  BackwardParams params{};
+  params.shape = {patterns, 1, 1};
+  params.dtype = DTypeOf<E>::value;
+  params.dy = dy.data();
+  params.dx = dx.data();
+  params.mean = &mean;
+  params.inv_std = &inv_std;
+  cpu::backward(params, executor_with(1));
+  bool same = true;
+  for (int64_t i = 0; i < patterns; ++i) {
+    const float expected = widen(dy.data()[i]) * inv_std;
+    const E rounded = narrow<E>(expected);
+    if (expected == expected ? rounded.bits != dx.data()[i].bits : !std::isnan(widen(dx.data()[i]))) same = false;
+  }
+  check(same, "conversion of dtype " + std::to_string(int(DTypeOf<E>::value)));
+}
+
+void test_small_tensors_stay_on_the_calling_thread() {
+  Case<float> c({2, 4, 4});
+  int64_t runs = 0;
+  ForwardParams params{};
+  Tensor<float> y(c.shape.elements());
+  params.shape = c.shape;
+  params.dtype = DType::float32;
+  params.x = c.x.data();
+  params.y = y.data();
+  params.batch_statistics = true;
+  cpu::forward(params, executor_with(8, &runs));
+  check(runs == 0, "a tiny tensor starts no parallel region");
+}
+
+void test_all() {
+  test_against_oracle<double>();
+  test_against_oracle<float>();
+  test_against_oracle<float16>();
+  test_against_oracle<bfloat16>();
+  test_streamed<float>();
+  test_streamed<bfloat16>();
+  test_large_means();
+  test_constant<double>();
+  test_constant<float>();
+  test_constant<float16>();
+  test_constant<bfloat16>();
+  test_huge_values<float>();
+  test_huge_values<bfloat16>();
+  test_nonfinite<float>();
+  test_nonfinite<double>();
+  test_nonfinite<bfloat16>();
+  test_running_statistics();
+  test_empty();
+  test_conversions<float16>();
+  test_conversions<bfloat16>();
+  test_small_tensors_stay_on_the_calling_thread();
+}
+
+}  // namespace
+
+// Each instruction set in its own process, since a process chooses once.
+int main() {
+  int total_passed = 0, total_failed = 0;
+  for (const char* capability : {"default", "avx2", "avx512"}) {
+    int channel[2];
+    if (pipe(channel) != 0) return 1;
+    const pid_t child = fork();
+    if (child == 0) {
+      setenv("ATEN_CPU_CAPABILITY", capability, 1);
+      test_all();
+      std::printf("%s: %d passed, %d failed\n", cpu::instruction_set(), passed, failed);
+      std::fflush(stdout);
+      const int counts[2] = {passed, failed};
+      _exit(write(channel[1], counts, sizeof(counts)) == sizeof(counts) ? 0 : 1);
+    }
+    int counts[2] = {0, 1};
+    close(channel[1]);
+    if (read(channel[0], counts, sizeof(counts)) != sizeof(counts)) counts[1] = 1;
+    close(channel[0]);
+    waitpid(child, nullptr, 0);
+    total_passed += counts[0];
+    total_failed += counts[1];
+  }
+  std::printf("%d passed, %d failed\n", total_passed, total_failed);
+  return total_failed == 0 ? 0 : 1;
+}
