@@ -29,6 +29,9 @@ VERSION: str = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
 # GPUs from Turing on; a list with each minor version would only take longer to build.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
+# Where an installer puts the toolkit when it is not told otherwise.
+USUAL_HOME = Path("/usr/local/cuda")
+
 # What one compiler process may need at its peak, rounded up.
 GIB_PER_CPU_JOB = 2
 GIB_PER_CUDA_JOB = 4
@@ -169,7 +172,7 @@ def find_toolkit() -> Toolkit:
     homes = []
     if on_path := shutil.which("nvcc"):
         homes += [_home_by_nvcc(on_path), Path(on_path).resolve().parent.parent]
-    homes += [Path("/usr/local/cuda"), *(folder.parent for folder in _pip_folders("include"))]
+    homes += [USUAL_HOME, *(folder.parent for folder in _pip_folders("include"))]
     for candidate in homes:
         if candidate and (candidate / "bin" / nvcc_name).exists():
             return _toolkit_at(candidate)
