@@ -25,9 +25,21 @@ from .measure import layer_tasks, overhead_tasks, scaling_tasks
 from .memory import memory_tasks
 from .report import render, render_comparison
 from .requirement import Requirement, unmet
-from .results import CONTENDERS, Record, describe_environment, results_path
+from .results import CONTENDERS, RESULTS, Record, describe_environment, results_path
 from .session import Session, Task
-from .shapes import DTYPES, LAYOUTS, Case, resnet50, sets, spread, sweep, with_dtypes, with_layouts
+from .shapes import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    cpu_set,
+    gpu_set,
+    resnet50,
+    sets,
+    spread,
+    sweep,
+    with_dtypes,
+    with_layouts,
+)
 from .timing import available_threads, settle_allocator
 from .training import model_tasks
 
@@ -43,17 +55,17 @@ ALL_CONTENDERS: tuple[type[Contender], ...] = (
 def default_tasks(options: argparse.Namespace) -> list[Task]:
     """A little of everything: what fits five minutes and ends in a table and all plots."""
     if options.device == "cuda":
-        shapes = with_dtypes(with_layouts(resnet50(64)), ("bfloat16", "float32"))
+        shapes = spread(gpu_set(), 30)
     else:
         layers = spread(with_layouts(resnet50(8)), 8)
-        shapes = [*with_dtypes(layers, ("float32", "bfloat16")), *spread(sets(8)["cpu"], 16)]
+        shapes = [*with_dtypes(layers, ("float32", "bfloat16")), *spread(cpu_set(), 16)]
     batch, size = (64, 224) if options.device == "cuda" else (2, 160)
     return [
-        *layer_tasks(shapes),
         *overhead_tasks(),
         *memory_tasks(options.device),
         *accuracy_tasks(),
         *model_tasks(batch, size, "float32", "contiguous"),
+        *layer_tasks(shapes),
     ]
 
 
@@ -61,7 +73,7 @@ def layers_tasks(options: argparse.Namespace) -> list[Task]:
     """The chosen sets in the chosen dtypes and layouts; scaling with the cpu set."""
     named = sets(options.batch)
     chosen: list[Case] = []
-    for name in options.set or [options.device if options.device == "cpu" else "gpu"]:
+    for name in options.set or [{"cpu": "cpu", "cuda": "gpu"}[options.device]]:
         cases = named[name]
         if options.dtype and name not in ("cpu", "gpu"):
             cases = with_dtypes(cases, options.dtype)
@@ -182,16 +194,13 @@ def _measure(options: argparse.Namespace) -> int:
     settle_allocator()
     environment = describe_environment(options.device, options.threads, options.seed)
     session = start_session(options, Record(environment))
+    path = results_path(environment, options.output or RESULTS)
+    before = Record.load(path) if path.exists() else Record(environment)
     build = MEASURING[options.command][0]
-    session.run(build(options), options.time_budget)
-
-    path = results_path(environment, *([options.output] if options.output else []))
-    record = session.record
-    if path.exists():
-        merged = Record.load(path)
-        merged.merge(record)
-    else:
-        merged = record
+    session.run(
+        build(options), options.time_budget, lambda: before.merged(session.record).save(path)
+    )
+    merged = before.merged(session.record)
     merged.save(path)
     print(_write_report(merged, path.parent, options.no_plots))
     if session.skipped:
@@ -201,7 +210,7 @@ def _measure(options: argparse.Namespace) -> int:
     if session.interrupted:
         print("interrupted: what was measured until then is kept")
         return EXIT_INTERRUPTED
-    return _check(record, options.require)
+    return _check(session.record, options.require)
 
 
 def start_session(options: argparse.Namespace, record: Record) -> Session:

@@ -111,13 +111,14 @@ class Record:
         check_row(row)
         self.rows.append(row)
 
-    def merge(self, newer: Record) -> None:
-        """Take over what `newer` measured, replacing entries of the same identity."""
+    def merged(self, newer: Record) -> Record:
+        """This record with what `newer` measured, which replaces entries of the same identity."""
+        result = Record(newer.environment)
         for section, identity in SECTIONS.items():
-            mine, theirs = getattr(self, section), getattr(newer, section)
-            known = {_identity(entry, identity): entry for entry in [*mine, *theirs]}
-            setattr(self, section, list(known.values()))
-        self.environment = newer.environment
+            both = [*getattr(self, section), *getattr(newer, section)]
+            known = {_identity(entry, identity): entry for entry in both}
+            setattr(result, section, list(known.values()))
+        return result
 
     def save(self, path: Path) -> None:
         """Write as JSON, one entry a line, so that a diff of two files can be read."""
@@ -187,6 +188,13 @@ def _gpu_state() -> dict[str, str]:
 def describe_environment(device: str, threads: int, seed: int) -> dict[str, Any]:
     """What a reader needs to know about the machine and the software that was measured."""
     module = obtained()
+    build = {key: str(value) for key, value in module.backend.build_info().items()}
+    machine = describe_machine(device, threads)
+    return machine | {"seed": seed, "backend": module.how, "build": build}
+
+
+def describe_machine(device: str, threads: int) -> dict[str, Any]:
+    """The machine, torch and the checkout, without the compiled module."""
     gpu = _gpu_state() if device == "cuda" else {}
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f"{_cpu_name()}, {threads} core{'s' * (threads > 1)}, {capability}"
@@ -200,9 +208,6 @@ def describe_environment(device: str, threads: int, seed: int) -> dict[str, Any]
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
         "threads": threads,
-        "seed": seed,
         "system": platform.platform(),
         "clocks": gpu,
-        "backend": module.how,
-        "build": {key: str(value) for key, value in module.backend.build_info().items()},
     }

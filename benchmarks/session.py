@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from .contenders import Contender
 from .results import Record
 
+SAVE_EVERY_S = 20
+
 
 @dataclass(frozen=True)
 class Task:
@@ -57,12 +59,16 @@ class Session:
     def __post_init__(self) -> None:
         self.order = random.Random(self.seed)
 
-    def run(self, tasks: Sequence[Task], budget_s: float) -> None:
+    def run(
+        self, tasks: Sequence[Task], budget_s: float, save: Callable[[], None] | None = None
+    ) -> None:
         """Run tasks in turn; each gets its share of the time that is left.
 
         A task that takes less leaves the rest to those behind it. Tasks whose turn comes after
         the budget is spent are skipped and listed; an interrupt ends the run and keeps the record.
+        `save` is called from time to time.
         """
+        saved = time.monotonic()
         deadline = time.monotonic() + budget_s
         weight_left = sum(task.weight for task in tasks)
         with Progress(len(tasks)) as bar:
@@ -76,6 +82,9 @@ class Session:
                     task.run(self, left * task.weight / weight_left)
                     weight_left -= task.weight
                     bar.advance()
+                    if save and time.monotonic() - saved > SAVE_EVERY_S:
+                        save()
+                        saved = time.monotonic()
             except KeyboardInterrupt:
                 self.interrupted = True
 

@@ -1,0 +1,700 @@
+"""The benchmarks: statistics, verification, schema, reports, requirements, the demo and the GPU run."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks import commands, demo, gpu, shapes  # noqa: E402
+from benchmarks.accuracy import measure_accuracy  # noqa: E402
+from benchmarks.contenders import (  # noqa: E402
+    KERNEL_OPS,
+    MODULE_OPS,
+    OUTPUT,
+    BatchnormExt,
+    Contender,
+    Floor,
+    OneDnn,
+    Prepared,
+    TorchCompile,
+    TorchEager,
+    functional_forward,
+    verified,
+)
+from benchmarks.measure import layer_tasks  # noqa: E402
+from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
+from benchmarks.models import resnet50, small_resnet  # noqa: E402
+from benchmarks.problem import make_problem, truth  # noqa: E402
+from benchmarks.report import render, render_comparison  # noqa: E402
+from benchmarks.requirement import Requirement, unmet  # noqa: E402
+from benchmarks.results import Record, SchemaError, check_row, results_path  # noqa: E402
+from benchmarks.session import Session, Task  # noqa: E402
+from benchmarks.shapes import Case  # noqa: E402
+from benchmarks.stats import Ratio, geometric_mean, ratio_of_medians, summarize  # noqa: E402
+from benchmarks.timing import (  # noqa: E402
+    cold_buffers,
+    count_launches,
+    cpu_sampler,
+    cuda_sampler,
+    interleave,
+    thread_counts,
+)
+from benchmarks.training import measure_model  # noqa: E402
+
+SMALL = Case("test/small", (4, 3, 5, 7))
+ENVIRONMENT = {
+    "device": "Some CPU, 2 cores",
+    "driver": "",
+    "cuda": "",
+    "torch": "2.13.0",
+    "python": "3.11.7",
+    "commit": "0123abc",
+    "date": "2026-01-02T03:04:05+00:00",
+    "threads": 1,
+    "seed": 0,
+    "backend": "prebuilt",
+    "build": {"instruction_set": "avx2"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing here is about speed, and threads that wait for each other make it slow."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(demo, "available_threads", lambda: 1)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_session(contenders: list[Contender], environment: dict | None = None) -> Session:
+    record = Record(environment or dict(ENVIRONMENT))
+    threads = record.environment["threads"]
+    return Session("cpu", threads, record, {one.name: one for one in contenders})
+
+
+def make_record(
+    times: dict[str, float], case: str = "resnet50/64x56", op: str = "forward"
+) -> Record:
+    """A record of one case with the given times; ratios with intervals of 10 %."""
+    record = Record(dict(ENVIRONMENT))
+    for name, median in times.items():
+        ratio = median / times["batchnorm_ext"]
+        extra = {"ratio": ratio, "ratio_low": 0.95 * ratio, "ratio_high": 1.05 * ratio}
+        record.add_row(
+            case=case,
+            shape=[8, 64, 56, 56],
+            dtype="float32",
+            layout="contiguous",
+            op=op,
+            cache="hot",
+            contender=name,
+            median_us=float(median),
+            p10_us=0.9 * median,
+            p90_us=1.1 * median,
+            rounds=10,
+            bytes_min=12845056,
+            floor_us=float(times.get("floor", 1.0)),
+            threads=1,
+            **(extra if name != "batchnorm_ext" else {}),
+        )
+    return record
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_summary_is_median_and_deciles() -> None:
+    assert summarize(range(1, 12)) == (6, 2, 10)
+
+
+def test_ratio_of_constant_samples_is_exact() -> None:
+    assert ratio_of_medians([6.0] * 5, [2.0] * 5) == (3, 3, 3)
+
+
+def test_slow_rounds_cancel_in_the_ratio() -> None:
+    slow_rounds = [1.0, 1.0, 50.0, 1.0, 1.0, 1.0, 50.0, 1.0, 1.0]
+    ratio = ratio_of_medians([3 * one for one in slow_rounds], slow_rounds)
+    assert ratio == pytest.approx((3, 3, 3))
+
+
+def test_interval_covers_the_ratio_as_often_as_it_says() -> None:
+    draw = random.Random(1)
+    covered = 0
+    for trial in range(100):
+        first = [draw.gauss(2.0, 0.2) for _ in range(25)]
+        second = [draw.gauss(1.0, 0.1) for _ in range(25)]
+        ratio = ratio_of_medians(first, second, seed=trial)
+        covered += ratio.low <= 2 <= ratio.high
+    assert covered >= 85
+
+
+def test_geometric_mean_of_ratios() -> None:
+    mean = geometric_mean([Ratio(2, 1.8, 2.2), Ratio(8, 7.2, 8.8)])
+    assert mean.value == pytest.approx(4)
+    assert 1.8 * 2 < mean.low < 4 < mean.high < 2.2 * 2
+    exact = geometric_mean([Ratio(3, 3, 3)])
+    assert exact == pytest.approx((3, 3, 3))
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+def test_interleave_samples_everyone_once_a_round_in_changing_order() -> None:
+    seen: list[str] = []
+    samplers = {name: lambda name=name: (seen.append(name), 1.0)[1] for name in "abc"}
+    samples = interleave(samplers, 60.0, random.Random(0), rounds=(5, 8))
+    assert {name: len(found) for name, found in samples.items()} == {"a": 8, "b": 8, "c": 8}
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_interleave_runs_the_least_rounds_past_its_time() -> None:
+    samples = interleave({"a": lambda: 1.0}, 0.0, random.Random(0), rounds=(5, 40))
+    assert len(samples["a"]) == 5
+
+
+def test_cpu_sampler_measures_seconds_of_one_call() -> None:
+    sampler = cpu_sampler(lambda index: time.sleep(0.002), buffers=2)
+    assert 0.002 <= sampler() < 0.01
+
+
+def test_cold_buffers_exceed_the_cache_unless_one_call_does() -> None:
+    assert cold_buffers(1 << 40, "cpu") == 2
+    assert cold_buffers(1 << 20, "cpu") > 2
+
+
+def test_thread_counts() -> None:
+    assert [thread_counts(n) for n in (1, 2, 6)] == [[1], [1, 2], [1, 2, 4]]
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+def test_network_sets_have_all_their_batch_norms() -> None:
+    def norms(network: torch.nn.Module) -> list[int]:
+        return [m.num_features for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+    resnet = shapes.resnet50(1)
+    counted = sorted(c for case in resnet for c in [case.channels] * case.count)
+    assert counted == sorted(norms(resnet50()))
+    assert sum(case.count for case in shapes.mobilenetv2(1)) == 52
+
+
+def test_cpu_set_is_as_broad_as_it_claims() -> None:
+    cases = shapes.cpu_set()
+    assert {case.dtype for case in cases} == set(shapes.DTYPES)
+    assert {case.layout for case in cases} == set(shapes.LAYOUTS)
+    assert {len(case.shape) for case in cases} == {2, 3, 4, 5}
+    assert {1, 3, 20, 2048} <= {case.channels for case in cases}
+    assert {1, 224} <= {case.shape[-1] for case in cases if len(case.shape) == 4}
+    assert min(case.bytes for case in cases) < 1 << 10
+    assert max(case.bytes for case in cases) > 100_000_000
+    assert len({str(case) for case in cases}) == len(cases)
+    assert all(case.layout == "contiguous" for case in cases if len(case.shape) < 4)
+
+
+def test_spread_keeps_the_number_and_the_order() -> None:
+    cases = shapes.cpu_set()
+    chosen = shapes.spread(cases, 7)
+    positions = [cases.index(case) for case in chosen]
+    assert len(set(positions)) == 7
+    assert positions == sorted(positions)
+
+
+# ------------------------------------------------------------------------------------ verification
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (6, 4), (2, 3, 2, 3, 4)], ids=str)
+def test_truth_is_what_torch_computes_in_float64(shape: tuple[int, ...]) -> None:
+    problem = make_problem(Case("test", shape, "float64"), "cpu")
+    x = problem.x[0].clone().requires_grad_()
+    weight, bias = (one.clone().requires_grad_() for one in (problem.weight, problem.bias))
+    mean, var = problem.running_mean.clone(), problem.running_var.clone()
+    y = F.batch_norm(x, mean, var, weight, bias, True, problem.momentum, problem.eps)
+    gradients = torch.autograd.grad(y, (x, weight, bias), problem.dy[0])
+    running = (problem.running_mean, problem.running_var)
+    evaluated = F.batch_norm(x, *running, weight, bias, False, problem.momentum, problem.eps)
+    expected = {
+        "forward": {"y": y, "running_mean": mean, "running_var": var},
+        "eval": {"y": evaluated},
+        "backward": dict(zip(("dx", "dweight", "dbias"), gradients, strict=True)),
+    }
+    for op, results in expected.items():
+        for name, value in truth(problem, op).items():
+            found = results[name].detach()
+            rows = found.transpose(0, 1).flatten(1) if found.dim() > 1 else found.unsqueeze(1)
+            torch.testing.assert_close(rows, value)
+
+
+@pytest.mark.parametrize("op", [*KERNEL_OPS, *MODULE_OPS])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("test/nchw", (4, 16, 5, 7)),
+        Case("test/nhwc", (4, 3, 5, 7), layout="channels_last"),
+        Case("test/bf16", (4, 16, 6, 6), dtype="bfloat16"),
+        Case("test/fp16", (16, 20), dtype="float16"),
+        Case("test/fp64", (2, 4, 3, 4, 5), dtype="float64", layout="channels_last"),
+    ],
+    ids=str,
+)
+def test_contenders_are_verified_and_right(case: Case, op: str) -> None:
+    contenders = {one.name: one for one in (BatchnormExt(), Floor(), TorchEager(), OneDnn())}
+    outcome = verified(contenders, make_problem(case, "cpu", buffers=2), op)
+    assert outcome.excluded == {}
+    assert {"batchnorm_ext", "floor", "torch_eager"} <= outcome.ready.keys()
+    for prepared in outcome.ready.values():
+        prepared.call(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_torch_compile_is_verified_and_right(op: str) -> None:
+    outcome = verified({"torch_compile": TorchCompile()}, make_problem(SMALL, "cpu"), op)
+    assert outcome.excluded == {}
+    assert "torch_compile" in outcome.ready
+
+
+class Unbiased(Contender):
+    """Normalises with the unbiased variance: wrong by a factor of sqrt(n / (n - 1))."""
+
+    name = "torch_eager"
+
+    def forward(self, problem) -> Prepared:
+        dims = [0, *range(2, problem.x[0].dim())]
+        shape = (1, -1, *(1,) * (problem.x[0].dim() - 2))
+        weight, bias = problem.weight.view(shape), problem.bias.view(shape)
+
+        def call(i: int) -> torch.Tensor:
+            var, mean = torch.var_mean(problem.x[i], dims, correction=1, keepdim=True)
+            return (problem.x[i] - mean) * (var + problem.eps).rsqrt() * weight + bias
+
+        return Prepared(call, OUTPUT)
+
+
+class ForgetsStatistics(Contender):
+    """Right output, running statistics left alone."""
+
+    name = "torch_eager"
+
+    def forward(self, problem) -> Prepared:
+        call = functional_forward(
+            lambda x, mean, var, *rest: F.batch_norm(x, None, None, *rest), problem, True
+        )
+        running = {"running_mean": problem.running_mean, "running_var": problem.running_var}
+        return Prepared(call, lambda y: {"y": y, **running})
+
+
+class WrongShape(Contender):
+    name = "torch_eager"
+
+    def forward(self, problem) -> Prepared:
+        return Prepared(lambda i: problem.x[i][:1], OUTPUT)
+
+
+class Nan(Contender):
+    name = "torch_eager"
+
+    def forward(self, problem) -> Prepared:
+        return Prepared(lambda i: problem.x[i] * math.nan, OUTPUT)
+
+
+class Breaks(Contender):
+    name = "torch_eager"
+
+    def forward(self, problem) -> Prepared:
+        raise RuntimeError("no kernel for this")
+
+
+@pytest.mark.parametrize(
+    ("contender", "reason"),
+    [
+        (Unbiased, "y is off by"),
+        (ForgetsStatistics, "running_mean is off by"),
+        (WrongShape, "y has shape [1, 3, 5, 7], expected [4, 3, 5, 7]"),
+        (Nan, "y is off by nan"),
+        (Breaks, "failed: RuntimeError: no kernel for this"),
+    ],
+)
+def test_wrong_contender_is_reported_and_not_timed(contender: type, reason: str) -> None:
+    session = make_session([BatchnormExt(), Floor(), contender()])
+    session.run(layer_tasks([SMALL], ("forward",)), 1.0)
+    assert {row["contender"] for row in session.record.rows} == {"batchnorm_ext", "floor"}
+    (excluded,) = session.record.excluded
+    assert (excluded["contender"], excluded["op"]) == ("torch_eager", "forward")
+    assert excluded["reason"].startswith(reason)
+    assert reason in render(session.record)
+
+
+# ----------------------------------------------------------------------------- sessions and schema
+
+
+def test_measurement_makes_rows_of_the_schema() -> None:
+    session = make_session([BatchnormExt(), Floor(), TorchEager()])
+    session.run(layer_tasks([replace(SMALL, count=3)], KERNEL_OPS), 2.0)
+    rows = session.record.rows
+    assert len(rows) == 9
+    for row in rows:
+        check_row(row)
+        factor = {"forward": 2, "eval": 2, "backward": 3}[row["op"]]
+        assert row["bytes_min"] == factor * 4 * 4 * 3 * 5 * 7
+        assert row["count"] == 3
+        assert ("ratio" in row) == (row["contender"] != "batchnorm_ext")
+        floor = next(r for r in rows if (r["op"], r["contender"]) == (row["op"], "floor"))
+        assert row["floor_us"] == floor["median_us"]
+
+
+def test_budget_skips_what_comes_too_late() -> None:
+    session = make_session([Floor()])
+    slow = Task("slow", lambda session, seconds: time.sleep(0.05))
+    session.run([slow, Task("late", lambda session, seconds: None)], 0.01)
+    assert session.skipped == ["late"]
+
+
+def test_interrupt_keeps_what_was_measured() -> None:
+    def interrupt(session: Session, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    session = make_session([Floor()])
+    first, last = layer_tasks([SMALL], ("forward", "eval"))
+    session.run([first, Task("interrupted", interrupt), last], 1.0)
+    assert session.interrupted
+    assert [row["op"] for row in session.record.rows] == ["forward"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"median_us": None}, "median_us has type NoneType"),
+        ({"rounds": True}, "rounds has type bool"),
+        ({"contender": "nobody"}, "unknown contender nobody"),
+        ({"cache": "warm"}, "cache must be cold or hot"),
+        ({"speed": 1.0}, "unknown key speed"),
+        ({"p90_us": 1.0}, "times out of order"),
+    ],
+)
+def test_schema_refuses(change: dict, message: str) -> None:
+    row = make_record({"batchnorm_ext": 10.0}).rows[0]
+    with pytest.raises(SchemaError, match=message):
+        check_row(row | change)
+
+
+def test_schema_refuses_a_row_without_a_key() -> None:
+    row = make_record({"batchnorm_ext": 10.0}).rows[0]
+    del row["floor_us"]
+    with pytest.raises(SchemaError, match="lacks floor_us"):
+        check_row(row)
+
+
+def test_record_survives_its_file(tmp_path: Path) -> None:
+    record = make_record({"batchnorm_ext": 10.0, "floor": 5.0})
+    record.missing.append({"contender": "jax", "reason": "not installed"})
+    path = results_path(record.environment, tmp_path)
+    assert path == tmp_path / "some-cpu-2-cores" / "2026-01-02-0123abc.json"
+    record.save(path)
+    assert Record.load(path) == record
+    path.write_text(json.dumps({"schema": "other"}))
+    with pytest.raises(SchemaError, match="has schema other"):
+        Record.load(path)
+
+
+def test_newer_rows_replace_older_ones_of_the_same_case() -> None:
+    older = make_record({"batchnorm_ext": 10.0, "floor": 5.0})
+    newer = make_record({"batchnorm_ext": 7.0})
+    merged = older.merged(newer)
+    times = {row["contender"]: row["median_us"] for row in merged.rows}
+    assert times == {"batchnorm_ext": 7.0, "floor": 5.0}
+
+
+# ----------------------------------------------------------------------------------------- reports
+
+
+def test_report_marks_the_case_we_lose() -> None:
+    text = render(make_record({"batchnorm_ext": 10.0, "floor": 5.0, "torch_eager": 8.0}))
+    assert "In 1 of 1 comparisons" in text
+    assert "| 0.80x ▼ |" in " ".join(text.split())
+    assert "2.00 (1.90 to 2.10)" in text  # times the floor
+
+
+def test_report_says_that_nobody_is_faster() -> None:
+    text = render(make_record({"batchnorm_ext": 10.0, "floor": 5.0, "torch_eager": 40.0}))
+    assert "In none of 1 comparisons." in text
+    assert "4.00x" in text
+
+
+def test_report_warns_of_noise_and_of_the_fallback() -> None:
+    record = make_record({"batchnorm_ext": 10.0, "torch_eager": 8.0})
+    for row in record.rows:
+        row |= {"p10_us": 4.0, "p90_us": 20.0}
+    record.environment["backend"] = "torch"
+    text = render(record)
+    assert "the machine was busy" in text
+    assert "pure-PyTorch fallback" in text
+
+
+def test_comparison_tells_slower_faster_and_unchanged() -> None:
+    before, after = (Record(dict(ENVIRONMENT)) for _ in range(2))
+    for case, old, new in [("a/a", 10.0, 20.0), ("b/b", 10.0, 4.0), ("c/c", 10.0, 10.5)]:
+        before.rows += make_record({"batchnorm_ext": old}, case).rows
+        after.rows += make_record({"batchnorm_ext": new}, case).rows
+    text = render_comparison(before, after)
+    assert "3 cases in common: 1 slower, 1 faster" in text
+    order = [line.split()[1] for line in text.splitlines() if line.startswith("| ") and "/" in line]
+    assert order == ["a/a", "c/c", "b/b"]
+
+
+def test_plots_are_drawn_for_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw_all
+
+    record = make_record({"batchnorm_ext": 10.0, "floor": 5.0, "torch_eager": 40.0})
+    record.accuracy += [
+        {"contender": "torch_eager", "mean_over_std": x, "dtype": "float32", "dx": 1e-7 * x}
+        for x in (0.0, 1e6)
+    ]
+    record.memory.append(
+        {
+            **{"case": "memory/x", "shape": [2, 3], "dtype": "float32", "layout": "contiguous"},
+            **{"contender": "torch_eager", "input_bytes": 24, "saved_bytes": 24, "peak_bytes": 72},
+        }
+    )
+    names = {path.name for path in draw_all(record, tmp_path)}
+    kinds = ("time_over_bytes", "speedup", "bandwidth", "accuracy", "memory")
+    assert names == {f"{kind}.{suffix}" for kind in kinds for suffix in ("png", "svg")}
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    assert draw_all(Record(dict(ENVIRONMENT)), tmp_path / "none") == []
+
+
+# ------------------------------------------------------------------------------------ requirements
+
+
+def test_requirement_reads_and_writes_its_text() -> None:
+    assert Requirement.parse("forward<=1.5:floor") == Requirement("forward", 1.5, "floor")
+    worst = Requirement.parse("worst: eval <= 1:torch_eager")
+    assert worst == Requirement("eval", 1.0, "torch_eager", every_case=True)
+    assert str(worst) == "worst:eval<=1:torch_eager"
+
+
+@pytest.mark.parametrize("text", ["forward<1:floor", "forward<=1", "forward<=1:nobody", ""])
+def test_requirement_refuses_other_text(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Requirement.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("forward<=1.6:floor", None),
+        ("forward<=1.4:floor", "not met: 1.41"),
+        ("worst:forward<=1.6:floor", "not met in 1 of 2 cases, worst 2.00"),
+        ("backward<=1:floor", "cannot be decided"),
+        ("forward<=1:jax", "cannot be decided"),
+    ],
+)
+def test_requirements_are_held_against_the_record(text: str, failure: str | None) -> None:
+    record = make_record({"batchnorm_ext": 10.0, "floor": 5.0})
+    record.rows += make_record({"batchnorm_ext": 10.0, "floor": 10.0}, "resnet50/64x112").rows
+    found = unmet(record, [Requirement.parse(text)])
+    assert found == [] if failure is None else failure in found[0]
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def run_command(tmp_path: Path, *arguments: str) -> tuple[int, Record]:
+    common = ["--device", "cpu", "--threads", "1", "--output", str(tmp_path), "--no-plots"]
+    contenders = ["--contenders", "batchnorm_ext", "floor", "torch_eager", "apex"]
+    code = commands.main([*arguments, *common, *contenders])
+    (path,) = tmp_path.glob("*/*.json")
+    return code, Record.load(path)
+
+
+def test_command_writes_results_and_decides_requirements(tmp_path: Path) -> None:
+    demand = ["--require", "module_forward<=1000000:torch_eager"]
+    code, record = run_command(tmp_path, "overhead", "--time-budget", "2", *demand)
+    assert code == 0
+    assert {row["op"] for row in record.rows} <= set(MODULE_OPS)
+    code, again = run_command(
+        tmp_path, "overhead", "--time-budget", "2", "--require", "module_forward<=0.0001:floor"
+    )
+    assert code == commands.EXIT_REQUIREMENT
+    assert len(again.rows) >= 3
+    assert (next(tmp_path.glob("*")) / "report.md").read_text().startswith("# Batch norm on ")
+
+
+def test_command_reports_an_interrupt_and_keeps_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(session: Session, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    tasks = [*layer_tasks([SMALL], ("forward",)), Task("interrupted", interrupt)]
+    monkeypatch.setitem(commands.MEASURING, "overhead", (lambda options: tasks, 5, ""))
+    code, record = run_command(tmp_path, "overhead")
+    assert code == commands.EXIT_INTERRUPTED
+    assert len(record.rows) == 3
+
+
+def test_every_subcommand_has_tasks() -> None:
+    for name, (build, _, _) in commands.MEASURING.items():
+        options = commands.parser().parse_args([name, "--device", "cpu"])
+        assert build(options), name
+    options = commands.parser().parse_args(
+        ["layers", "--set", "resnet50", "--dtype", "float16", "--sample", "3", "--scaling"]
+    )
+    labels = [task.label for task in commands.layers_tasks(options)]
+    assert sum(" float16 " in label for label in labels) == 3 * len(KERNEL_OPS)
+    assert any(label.startswith("scaling/batch") for label in labels)
+
+
+# ----------------------------------------------------------------------------------------- studies
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    assert saved_bytes(lambda: x * x) == 4000
+    assert saved_bytes(lambda: x.view(10, 100).sin() * x.view(10, 100)) == 8000
+    assert saved_bytes(lambda: x.sin(), (x,)) == 0
+
+
+def test_peak_bytes_sees_what_is_held_at_once() -> None:
+    size = 64 << 20
+    peak = peak_bytes(lambda: torch.ones(size // 4), "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak")
+    assert 0.99 * size <= peak < 2 * size
+
+
+def test_accuracy_finds_the_error_of_a_shifted_mean() -> None:
+    session = make_session([TorchEager(), Floor()])
+    for offset in (0.0, 1e5):
+        measure_accuracy(session, offset)
+    near, far = session.record.accuracy
+    assert near["y"] < 1e-6 < 1e-5 < far["y"]
+    assert near.keys() >= {"mean", "variance", "y", "dx", "dweight", "dbias"}
+    assert near["variance"] < 1e-6
+    json.dumps(session.record.accuracy, allow_nan=False)
+
+
+def test_model_step_is_verified_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.training.resnet50", lambda: small_resnet(3, 1000, (4, 8)))
+    session = make_session([BatchnormExt(), Floor(), TorchEager()])
+    measure_model(session, Case("model/resnet50", (4, 3, 16, 16)), 0.1)
+    assert session.record.excluded == []
+    assert {row["contender"] for row in session.record.rows} == session.contenders.keys()
+    channels_and_areas = [(4, 256), (4, 256), (4, 256), (8, 64), (8, 64), (8, 64)]
+    elements = sum(4 * channels * area for channels, area in channels_and_areas)
+    assert session.record.rows[0]["bytes_min"] == 5 * 4 * elements
+
+
+# -------------------------------------------------------------------------------- demo and GPU run
+
+
+def test_demo_trains_and_leaves_its_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    small = ["--epochs", "5", "--widths", "8", "16", "--benchmark-seconds", "0"]
+    assert demo.main(["--output", str(tmp_path), *small]) == 0
+    assert (tmp_path / "loss_curves.png").stat().st_size > 1000
+    text = capsys.readouterr().out
+    assert "nn.BatchNorm2d" in text
+    assert "native kernels" in text or "pure PyTorch" in text
+
+
+def test_demo_networks_start_alike_and_stay_close() -> None:
+    pytest.importorskip("sklearn")
+    digits = demo.Digits.load("cpu", seed=0)
+    trainings = demo.train(digits, epochs=1, seed=0, widths=[4, 8], seconds=60)
+    theirs, ours = trainings["torch_eager"].losses, trainings["batchnorm_ext"].losses
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-2)
+    assert len(digits.labels) + len(digits.test_labels) == 1797
+
+
+def stage(name: str, code: str, share: float = 1.0, **fields: object) -> gpu.Stage:
+    return gpu.Stage(name, [sys.executable, "-c", code], share, **fields)
+
+
+def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    stages = [
+        stage("good", "import os; print(os.environ['WORD'])", environment={"WORD": "said"}),
+        stage("bad", "raise SystemExit(7)"),
+        stage("endless", "import time; time.sleep(600)", share=0.05),
+        gpu.Stage("absent", [], 1.0),
+        stage("last", f"assert float('{gpu.SECONDS}') > 0"),
+    ]
+    reports: list[list[str]] = []
+    gpu.run_stages(stages, 60, {}, log, lambda: reports.append([one.state for one in stages]))
+    states = ["passed", "failed", "overran", "skipped", "passed"]
+    assert reports[-1] == states
+    assert len(reports) == len(stages)
+    assert stages[0].tail.strip() == "said"
+    assert stages[1].exit_code == 7
+    assert "==== endless" in log.read_text()
+    assert not gpu.passed(stages)
+    assert gpu.passed([stages[0], stages[-1]])
+    json.dumps(gpu.summary(stages, {}, 60))
+
+
+def test_stage_that_does_not_decide_cannot_fail_the_run() -> None:
+    assert gpu.passed([gpu.Stage("benchmark", [], 1.0, decides=False, state="overran")])
+
+
+def test_spent_budget_skips_stages(tmp_path: Path) -> None:
+    stages = [stage("late", "pass")]
+    gpu.run_stages(stages, 1.0, {}, tmp_path / "log.txt", lambda: None)
+    assert stages[0].state == "skipped"
+    assert not gpu.passed(stages)
+
+
+def test_gpu_run_without_a_gpu_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([str(tmp_path / "out")]) == gpu.EXIT_NO_GPU
+    assert "nothing was run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("case", gpu.exercise_cases()[::9], ids=str)
+def test_exercise_finds_nothing_wrong(case: Case, device: str) -> None:
+    assert gpu.exercise(device, [case]) == []
+
+
+def test_exercise_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchnormExt, "forward", Unbiased.forward)
+    (failure,) = gpu.exercise("cpu", [SMALL])
+    assert failure.startswith("test/small 4x3x5x7 float32 contiguous forward: y is off by")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffers", [1, 3])
+def test_cuda_sampler_times_the_device(buffers: int) -> None:
+    x = [torch.randn(1 << 24, device="cuda") for _ in range(buffers)]
+    seconds = cuda_sampler(lambda i: x[i].clone(), buffers)()
+    assert 1e-5 < seconds < 1e-2
+
+
+@pytest.mark.gpu
+def test_launches_are_counted() -> None:
+    x = torch.randn(1 << 10, device="cuda")
+    assert count_launches(lambda i: (x + 1) * 2) == 2
