@@ -10,6 +10,7 @@ from ._extension import load
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert_batchnorm, freeze_batchnorm, revert_batchnorm, unfreeze_batchnorm
+from .distributed import SyncBatchNorm, revert_sync_batchnorm
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormFunction",
+    "SyncBatchNorm",
     "__version__",
     "convert_batchnorm",
     "freeze_batchnorm",
     "functional",
     "load",
     "revert_batchnorm",
+    "revert_sync_batchnorm",
     "unfreeze_batchnorm",
 ]

@@ -41,7 +41,7 @@ def _name(dtype: torch.dtype) -> str:
     return _SCALAR_TYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _check_channel_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
+def check_channel_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
     if vector is None:
         return
     channels = input.size(1)
@@ -127,7 +127,7 @@ def forward(
         ("weight", weight),
         ("bias", bias),
     ):
-        _check_channel_vector(name, vector, input)
+        check_channel_vector(name, vector, input)
     _check_counter(num_batches_tracked, input)
     tracked = training and running_mean is not None and running_var is not None
     if not training and running_mean is None:
@@ -139,7 +139,6 @@ def forward(
 
     channels = input.size(1)
     samples = input.numel() // channels if channels else 0
-    accumulate = accumulate_dtype(input.dtype)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if training and samples > 0:
@@ -157,10 +156,17 @@ def forward(
         mean = running_mean.to(torch.float64, copy=True)  # saved: must not change with the buffer
         inv_std = (running_var.to(torch.float64) + eps).rsqrt()
 
+    return _normalized(input, weight, bias, mean, inv_std)
+
+
+def _normalized(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inv_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate = accumulate_dtype(input.dtype)
     # As in the kernels: what rounding the mean to the accumulate dtype dropped goes into the shift.
     scale = inv_std if weight is None else inv_std * weight
     rounded = mean.to(accumulate)
-    residue = torch.nan_to_num(mean - rounded, nan=0.0) if training else mean - rounded
+    residue = torch.nan_to_num(mean - rounded, nan=0.0)
     shift = -residue * scale if bias is None else bias - residue * scale
     centred = input.to(accumulate) - per_channel(rounded, input)
     output = torch.addcmul(
@@ -187,7 +193,7 @@ def backward(
     own gradients are the second derivatives of batch norm.
     """
     _check_input(grad_output)
-    _check_channel_vector("weight", weight, grad_output)
+    check_channel_vector("weight", weight, grad_output)
     need_x = dweight_dtype is not None or (training and need_dx)
     accumulate = mean.dtype
     dims = reduced_dims(grad_output)
@@ -225,6 +231,125 @@ def dense(tensor: Tensor) -> Tensor:
         return tensor
     # torch's own choice for batch norm: the input's suggested memory format.
     return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
+
+
+# ---- the steps one by one, as synchronisation across processes needs them ----
+
+# Of a statistics record: what identifies the input it describes, and its number of samples.
+RECORD_HEADER = 2
+
+
+def signature(input: Tensor) -> int:
+    """Return the number that stands for `input`'s channel count and dtype in a statistics record."""
+    return input.size(1) * len(_DTYPES) + _DTYPES.index(input.dtype)
+
+
+def described_signature(number: int) -> str:
+    """Return in words what `signature` stands for."""
+    channels, dtype = divmod(number, len(_DTYPES))
+    return f"{channels} channels of {str(_DTYPES[dtype]).removeprefix('torch.')}"
+
+
+@torch.no_grad()
+def channel_statistics(input: Tensor) -> Tensor:
+    """Return the batch's statistics record, float64 of shape (2 C + 2,): signature, count, means, m2s."""
+    _check_input(input)
+    channels = input.size(1)
+    samples = input.numel() // channels if channels else 0
+    record = torch.zeros(RECORD_HEADER + 2 * channels, dtype=torch.float64, device=input.device)
+    record[0] = signature(input)
+    record[1] = samples
+    if samples > 0:
+        variance, mean = torch.var_mean(input.to(torch.float64), reduced_dims(input), correction=0)
+        record[RECORD_HEADER : RECORD_HEADER + channels] = mean
+        record[RECORD_HEADER + channels :] = variance * samples
+    return record
+
+
+@torch.no_grad()
+def finalize_statistics(
+    records: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the rows of `records` and update the running statistics. Return (mean, variance, count) in float64.
+
+    The merge is that of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
+    sample variances". Rows that count no samples do not matter.
+    """
+    channels = (records.size(1) - RECORD_HEADER) // 2
+    counts = records[:, 1:RECORD_HEADER]
+    means, m2s = records[:, RECORD_HEADER:].split(channels, dim=1)
+    count = counts.sum(0)
+    empty = count == 0
+    divisor = torch.where(empty, 1.0, count)
+    # Around one of the means, so that a large mean common to all costs nothing.
+    pivot = means[0]
+    mean = pivot + (counts / divisor * (means - pivot)).sum(0)
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None:
+        if momentum is None and num_batches_tracked is None:
+            raise RuntimeError("momentum=None needs num_batches_tracked")
+        factor = 1.0 / num_batches_tracked.double() if momentum is None else momentum
+        # No sample at all has no weight either, and leaves the running statistics alone.
+        factor = torch.where(empty, torch.zeros_like(count), factor)
+        unbiased = torch.where(empty, 0.0, m2 / (count - 1))
+        _update_running_statistics(
+            running_mean, running_var, mean, unbiased, factor, skip_nonfinite
+        )
+    return mean, m2 / divisor, count
+
+
+@torch.no_grad()
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise `input` with float64 `mean` and `variance`. Return (output, mean, inv_std)."""
+    _check_input(input)
+    check_channel_vector("weight", weight, input)
+    check_channel_vector("bias", bias, input)
+    return _normalized(input, weight, bias, mean, (variance + eps).rsqrt())
+
+
+@torch.no_grad()
+def input_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """Return dx for the float64 sums over all `count` samples of the batch that `input` is a part of."""
+    _check_input(grad_output)
+    check_channel_vector("weight", weight, grad_output)
+    accumulate = mean.dtype
+    dy_scale = inv_std.double() if weight is None else inv_std.double() * weight
+    x_scale = dy_scale * inv_std * (sum_dy_xhat / count)
+
+    def coefficient(vector: Tensor) -> Tensor:
+        return per_channel(vector.to(accumulate), input)
+
+    dx = (grad_output.to(accumulate) - coefficient(sum_dy / count)) * coefficient(dy_scale)
+    centred = input.to(accumulate) - coefficient(mean)
+    dx = torch.addcmul(dx, centred, coefficient(x_scale), value=-1)
+    return torch.empty_like(dense(input)).copy_(dx)
+
+
+def fast_path(*_: object) -> None:
+    """Return None: every call takes the way that looks closer."""
 
 
 def build_info() -> dict[str, str]:
