@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -138,29 +137,49 @@ def _obtain(choice: str) -> Obtained:
 # ---- prebuilt -----------------------------------------------------------------------------------
 
 
-def prebuilt_files() -> list[Path]:
-    """What is installed of a native module: the module, its stamp, both or nothing."""
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    files = [_build.PACKAGE / f"_C{suffix}" for suffix in suffixes]
-    return [file for file in [*files, _build.PACKAGE / "_C.json"] if file.exists()]
+def prebuilt_files(package: Path | None = None) -> list[Path]:
+    """What a package's folder has of a native module: the module, its stamp, both or nothing."""
+    names = [f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES] + ["_C.json"]
+    files = [(package or _build.PACKAGE) / name for name in names]
+    return [file for file in files if file.exists()]
 
 
 def _load_prebuilt() -> ModuleType:
-    if not prebuilt_files():
-        raise NativeModuleError(f"no native module is installed (fix: {INSTALL} .)")
-    stamp = _build.read_stamp(_build.PACKAGE / "_C.json")
-    if stamp is None:
-        problem: str | None = "has no readable stamp"
+    if prebuilt_files():
+        folder, problem = _build.PACKAGE, _misfit(_build.PACKAGE)
     else:
-        cuda = torch.version.cuda or ""
-        problem = stamp.mismatch(torch.__version__, cuda, _build.source_hash())
-        problem = problem or _uncovered_gpu(stamp)
+        # Python run in a checkout finds the checkout, where nothing is built. What is installed
+        # serves it as well, as long as it was built from the same sources.
+        installed = [Path(entry or ".").resolve() / "batchnorm_ext" for entry in sys.path]
+        fitting = [path for path in installed if prebuilt_files(path) and not _misfit(path)]
+        if not fitting:
+            raise NativeModuleError(f"no native module is installed (fix: {INSTALL} .)")
+        folder, problem = fitting[0], None
     if problem is None:
         try:
-            return importlib.import_module(f"{__package__}._C")
+            return _load_library(f"{__package__}._C", prebuilt_files(folder)[0])
         except ImportError as error:
             problem = f"does not load ({str(error).splitlines()[0]})"
     raise NativeModuleError(f"the installed native module {problem} (fix: {INSTALL} .)")
+
+
+def _misfit(package: Path) -> str | None:
+    """Why the native module in this folder must not be loaded, by its stamp alone, or None."""
+    stamp = _build.read_stamp(package / "_C.json")
+    if stamp is None:
+        return "has no readable stamp"
+    cuda = torch.version.cuda or ""
+    problem = stamp.mismatch(torch.__version__, cuda, _build.source_hash())
+    return problem or _uncovered_gpu(stamp)
+
+
+def _load_library(name: str, library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library} is no native module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _uncovered_gpu(stamp: _build.Stamp) -> str | None:
@@ -309,16 +328,10 @@ def _load_published(directory: Path) -> ModuleType | None:
         return None
     if not library.is_file():
         return None
-    name = library.stem
-    spec = importlib.util.spec_from_file_location(name, library)
-    assert spec is not None
-    assert spec.loader is not None
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return _load_library(library.stem, library)
     except ImportError:  # damaged on disk: compile it again
         return None
-    return module
 
 
 def _compile(build: _build.Build, directory: Path, verbose: bool, because: str) -> ModuleType:

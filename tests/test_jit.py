@@ -206,6 +206,25 @@ def test_which_folders_are_refused(tmp_path, monkeypatch):
         _extension._refuse_if_others_can_write(folder)
 
 
+def test_a_checkout_uses_what_is_installed_while_the_sources_are_the_same(here, monkeypatch):
+    library = Path(here.obtain()[0].backend.__file__)
+    installed = here.root / "site/batchnorm_ext"
+    installed.mkdir(parents=True)
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    monkeypatch.syspath_prepend(installed.parent)
+    compiled_for = _build.describe(None).stamp
+    _build.write_stamp(installed / "_C.json", compiled_for)
+    (installed / f"_C{suffix}").write_bytes(library.read_bytes())
+    loaded = []
+    monkeypatch.setattr(_extension, "_load_library", lambda *call: loaded.append(call))
+    found, lines = here.obtain()
+    assert found.how == "prebuilt"
+    assert loaded == [("batchnorm_ext._C", installed / f"_C{suffix}")]
+    assert lines == []
+    _build.write_stamp(installed / "_C.json", compiled_for._replace(source_hash="other"))
+    assert here.obtain()[0].how == "jit"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
