@@ -1,4 +1,4 @@
-"""The native functions as operators that torch.compile can trace: their registration and their fake kernels."""
+"""The native functions as operators for torch.compile and dispatch modes: their registration and fake kernels."""
 
 from __future__ import annotations
 
@@ -57,16 +57,30 @@ def _fake_backward(
     return dx, vector(dweight_dtype), vector(dbias_dtype)
 
 
+def being_traced() -> bool:
+    """Return whether a dispatch mode records a program, as make_fx and fake tensors do."""
+    modes = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL)
+    )
+
+
+def being_watched() -> bool:
+    """Return whether a dispatch mode sees the operators that are called, as in selective checkpointing."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend's `forward`, as a node of the graph while torch.compile traces."""
-    if torch.compiler.is_compiling():
+    """The backend's `forward`, as an operator where torch.compile or a dispatch mode is to see it."""
+    if torch.compiler.is_compiling() or (being_watched() and operators_available()):
         return torch.ops.batchnorm_ext.forward(*arguments)
     return backend().forward(*arguments)
 
 
 def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backend's `backward`, as a node of the graph while torch.compile traces."""
-    if not torch.compiler.is_compiling():
+    """The backend's `backward`, as an operator where torch.compile or a dispatch mode is to see it."""
+    if not (torch.compiler.is_compiling() or (being_watched() and operators_available())):
         return backend().backward(*arguments)
     computed = torch.ops.batchnorm_ext.backward(*arguments)
     asked_for = (arguments[6], arguments[7] is not None, arguments[8] is not None)

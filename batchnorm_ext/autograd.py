@@ -82,28 +82,44 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight, mean, inv_std = ctx.saved_tensors
-        gradients = _operators.backward
-        if torch.is_grad_enabled():
-            # Someone will differentiate these gradients: build them of differentiable operations, with the batch
-            # statistics a function of the input again.
-            gradients = _reference.backward
-            if ctx.training and input is not None:
-                mean, _, inv_std = _reference.batch_statistics(input, ctx.eps)
-                accumulate = _reference.accumulate_dtype(input.dtype)
-                mean, inv_std = mean.to(accumulate), inv_std.to(accumulate)
-        computed = gradients(
-            grad_output,
-            input,
-            weight,
-            mean,
-            inv_std,
-            ctx.training,
-            ctx.needs_input_grad[0],
-            ctx.dweight_dtype,
-            ctx.dbias_dtype,
-        )
+        wanted = (ctx.needs_input_grad[0], ctx.dweight_dtype, ctx.dbias_dtype)
+        if torch.is_grad_enabled() or not is_plain(grad_output):
+            computed = differentiable_backward(
+                grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, *wanted
+            )
+        else:
+            computed = _operators.backward(grad_output, *ctx.saved_tensors, ctx.training, *wanted)
         return (*computed, None, None, None, None, None, None, None)
+
+
+def differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    training: bool,
+    eps: float,
+    need_dx: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients made of torch's own operations, which can be differentiated, batched and watched."""
+    if training and input is not None and torch.is_grad_enabled():
+        # For the second derivatives the batch statistics are a function of the input again.
+        mean, _, inv_std = _reference.batch_statistics(input, eps)
+        accumulate = _reference.accumulate_dtype(input.dtype)
+        mean, inv_std = mean.to(accumulate), inv_std.to(accumulate)
+    return _reference.backward(
+        grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is its memory and nothing else: no subclass, no torch.func transform in force."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and (
+        torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_recomputing() -> bool:

@@ -94,6 +94,21 @@ def batch_norm_with_counter(
     skip_nonfinite: bool,
 ) -> Tensor:
     """Apply `batch_norm`; in training also count the batch, which ``momentum=None`` (cumulative average) needs."""
+    if not torch.compiler.is_compiling():
+        output = backend().fast_path(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            skip_nonfinite,
+        )
+        if output is not None:
+            return output
     if not _kernels_apply(input, running_mean, running_var, weight, bias, num_batches_tracked):
         return _torch_batch_norm(
             input,
@@ -145,7 +160,8 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
     """Return whether this package's kernels can see these tensors' memory and nothing watches torch's own operator.
 
     Everything else goes to torch's batch norm: tensor subclasses (DTensor, FakeTensor, functional tensors), other
-    devices and dtypes, export, tracing and scripting, torch.func transforms, forward-mode AD, and dispatch modes.
+    devices and dtypes, export and tracing, torch.func transforms, and forward-mode AD. Other dispatch modes, such as
+    selective checkpointing's, see this package's operators.
     """
     if type(input) not in _PLAIN_TYPES or input.dtype not in _DTYPES or input.dim() < 2:
         return False
@@ -167,7 +183,8 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _operators.being_traced()
+        or (_operators.being_watched() and not _operators.operators_available())
     )
 
 

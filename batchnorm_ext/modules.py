@@ -48,13 +48,21 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
         self._check_input_dim(input)
+        try:  # nn.Module finds these only after everything else, which would take longer than the kernel
+            parameters, buffers = self._parameters, self._buffers
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            num_batches_tracked = buffers["num_batches_tracked"]
+        except KeyError:  # a parametrization or a plain attribute stands in for one of them
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
         training = self.training
-        if training and not self.track_running_stats:
+        if not training:
+            num_batches_tracked = None
+        elif not self.track_running_stats:
             # The flag was cleared after construction: the buffers stay, unread and unwritten.
             running_mean = running_var = num_batches_tracked = None
-        else:
-            running_mean, running_var = self.running_mean, self.running_var
-            num_batches_tracked = self.num_batches_tracked if training else None
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
@@ -62,8 +70,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             num_batches_tracked,
             training or (running_mean is None and running_var is None),
             momentum,

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "bindings/autograd.h"
 #include "bindings/batch_norm.h"
 #include "build_stamp.h"  // written by the build
 #include "cpu/backend.h"
@@ -88,5 +89,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("inv_std"), py::arg("training"), py::arg("need_dx"), py::arg("dweight_dtype"), py::arg("dbias_dtype"),
         py::call_guard<py::gil_scoped_release>(),
         "Gradients of forward. Returns (dx, dweight, dbias), None where not asked for.");
+  m.def("fast_path", &bindings::fast_path, py::arg("input"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("weight"), py::arg("bias"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
+        py::arg("eps"), py::arg("skip_nonfinite"),
+        "One whole call with autograd, or None where Python must look closer.");
   m.def("build_info", &bindings::build_info, "Versions, architectures and instruction set this module was built for.");
 }
