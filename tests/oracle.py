@@ -109,7 +109,7 @@ class BatchNorm:
         if training and old_mean is not None and old_var is not None:
             share = np.longdouble(1 / (batches + 1) if momentum is None else momentum)
             unbiased = self.variance * self._samples / np.longdouble(self._samples - 1)
-            magnitude = np.abs(self._x).mean(axis=self._axes)
+            magnitude = np.abs(self._x).mean(axis=self._axes) + np.sqrt(self.variance)
             self.running_mean = self._moved(old_mean, Exact(self.mean, magnitude), share)
             self.running_var = self._moved(
                 old_var, Exact(unbiased, unbiased + self._lost * np.sqrt(unbiased)), share

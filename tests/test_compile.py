@@ -1,0 +1,226 @@
+"""torch.compile, export, tracing and scripting of models with our modules: the results of eager."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm_ext
+from batchnorm_ext.functional import batch_norm
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network(device: str = "cpu", **options: object) -> nn.Module:
+    torch.manual_seed(8)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        batchnorm_ext.BatchNorm2d(6, **options),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        batchnorm_ext.BatchNorm2d(4, **options),
+        nn.Flatten(),
+        batchnorm_ext.BatchNorm1d(4 * 16, affine=False, **options),
+    ).to(device)
+
+
+def batches(count: int, device: str = "cpu") -> list[torch.Tensor]:
+    return [
+        torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(i)).to(device)
+        for i in range(count)
+    ]
+
+
+def train(model, module: nn.Module, data: list[torch.Tensor]) -> list[torch.Tensor]:
+    results = []
+    for x in data:
+        module.zero_grad()
+        y = model(x)
+        y.exp().sum().backward()
+        results += [y.detach(), *(p.grad.clone() for p in module.parameters())]
+    return results + [t.clone() for t in module.state_dict().values()]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_training_and_eval(momentum, device):
+    module = network(device, momentum=momentum)
+    compiled_module = copy.deepcopy(module)
+    compiled = torch.compile(compiled_module, backend="aot_eager")
+    data = batches(3, device)
+    torch.testing.assert_close(
+        train(compiled, compiled_module, data), train(module, module, data), rtol=1e-4, atol=1e-4
+    )
+    module.eval()
+    compiled_module.eval()
+    torch.testing.assert_close(compiled(data[0]), module(data[0]), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(data[1]), module(data[1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(device):
+    """The layers around ours are fused; ours stays an operator of the graph, or torch's own is generated."""
+    torch.manual_seed(8)
+    module = nn.Sequential(batchnorm_ext.BatchNorm2d(6), nn.ReLU()).to(device)
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module)
+    x = torch.randn(4, 6, 5, 5, device=device)
+    torch.testing.assert_close(
+        train(compiled, module, [x]), train(eager, eager, [x]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_no_graph_break():
+    module = network()
+    x = batches(1)[0]
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, pytest.param(None, marks=pytest.mark.native)])
+def test_no_recompilation_from_step_to_step(momentum):
+    """Nor a graph break; torch's own cumulative average reads the batch counter on the host."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    module = network(momentum=momentum)
+    compiled = torch.compile(module, backend=counter)
+    for x in batches(4):
+        compiled(x).sum().backward()
+    assert counter.frame_count == 1
+    assert module[1].num_batches_tracked.item() == 4
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled_memory_format(channels_last):
+    module = batchnorm_ext.BatchNorm2d(6)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager")
+    x = torch.randn(4, 6, 5, 5)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    y, expected = compiled(x), module(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
+def test_compiled_functional():
+    x, weight, bias = torch.randn(4, 3, 5), torch.rand(3), torch.rand(3)
+    mean, var = torch.zeros(3), torch.ones(3)
+
+    def function(x, mean, var):
+        return batch_norm(x * 2, mean, var, weight, bias, training=True) + 1
+
+    eager_mean, eager_var = mean.clone(), var.clone()
+    expected = function(x, eager_mean, eager_var)
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(x, mean, var), expected)
+    torch.testing.assert_close((mean, var), (eager_mean, eager_var))
+
+
+def test_compiled_dynamic_shapes():
+    module = network()
+    module = nn.Sequential(*list(module)[:5])
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager", dynamic=True)
+    for size in (8, 9, 12):
+        x = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+def test_compiled_half_with_float_parameters():
+    module = batchnorm_ext.BatchNorm2d(6)
+    eager = copy.deepcopy(module)
+    x = torch.randn(4, 6, 5, 5).bfloat16()
+    y = torch.compile(module, backend="aot_eager")(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, eager(x), rtol=0.01, atol=0.01)
+
+
+def test_compiled_checkpoint():
+    from torch.utils.checkpoint import checkpoint
+
+    module = network()
+    eager = copy.deepcopy(module)
+    x = batches(1)[0]
+
+    def run(model, x):
+        return checkpoint(model, x, use_reentrant=False)
+
+    compiled = torch.compile(lambda x: run(module, x), backend="aot_eager")
+    compiled(x).exp().sum().backward()
+    eager(x).exp().sum().backward()
+    for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_export_uses_operators_everyone_has(training):
+    module = network().train(training)
+    x = batches(1)[0]
+    program = torch.export.export(copy.deepcopy(module), (x,))
+    assert "batchnorm_ext" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_jit_trace_in_eval():
+    module = network().eval()
+    x, other = batches(2)
+    traced = torch.jit.trace(module, x)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(other), module(other), rtol=1e-4, atol=1e-5)
+
+
+def test_make_fx():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = network().eval()
+    x = batches(1)[0]
+    torch.testing.assert_close(make_fx(module)(x)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_pass_opcheck(training, dtype, device):
+    """torch's own checks of an operator: schema, fake kernels, and tracing with dynamic shapes."""
+    pytest.importorskip("hypothesis")
+    from batchnorm_ext import _operators
+
+    assert _operators.operators_available()
+    x = torch.randn(4, 3, 5, 5, device=device, dtype=dtype)
+    weight, bias = torch.rand(3, device=device), torch.rand(3, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
+    tests = ("test_schema", "test_faketensor")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=layout)
+        forward = torch.ops.batchnorm_ext.forward.default
+        torch.library.opcheck(
+            forward,
+            (x, weight, bias, mean, var, counter, training, 0.1, 1e-5, False),
+            test_utils=tests,
+        )
+        saved_mean, inv_std = torch.zeros(3, device=device), torch.ones(3, device=device)
+        backward = torch.ops.batchnorm_ext.backward.default
+        for wanted in (
+            (True, torch.float32, torch.float32),
+            (True, None, None),
+            (False, None, torch.float32),
+        ):
+            torch.library.opcheck(
+                backward, (x, x, weight, saved_mean, inv_std, training, *wanted), test_utils=tests
+            )
