@@ -279,20 +279,34 @@ class TorchCompile(ModuleOps, Contender):
 
     name = "torch_compile"
 
+    def __init__(self) -> None:
+        self._compiled_for: tuple[Any, ...] = ()
+        self._functions: dict[str, Callable[..., Any]] = {}
+
     def missing(self) -> str | None:
         return _compiler_missing()
 
-    @staticmethod
-    def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch._dynamo.reset()
-        return torch.compile(function, dynamic=False)
+    def _compiled(
+        self, problem: Problem, op: str, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """`function` compiled anew for each case, before Dynamo gives up on too many shapes."""
+        wanted = (problem.case, torch.get_num_threads())
+        if wanted != self._compiled_for:
+            torch._dynamo.reset()
+            self._functions.clear()
+            self._compiled_for = wanted
+        if op not in self._functions:
+            self._functions[op] = torch.compile(function, dynamic=False)
+        return self._functions[op]
 
     def forward(self, problem: Problem) -> Prepared:
-        call = functional_forward(self._compiled(F.batch_norm), problem, True)
+        compiled = self._compiled(problem, "forward", F.batch_norm)
+        call = functional_forward(compiled, problem, True)
         return Prepared(call, _with_running(problem, OUTPUT))
 
     def eval(self, problem: Problem) -> Prepared:
-        return Prepared(functional_forward(self._compiled(F.batch_norm), problem, False), OUTPUT)
+        compiled = self._compiled(problem, "eval", F.batch_norm)
+        return Prepared(functional_forward(compiled, problem, False), OUTPUT)
 
     def backward(self, problem: Problem) -> Prepared:
         p, aten = problem, torch.ops.aten
@@ -301,9 +315,11 @@ class TorchCompile(ModuleOps, Contender):
             for x in p.x
         ]
         compiled = self._compiled(
+            problem,
+            "backward",
             lambda dy, x, weight, mean, inv_std: aten.native_batch_norm_backward(
                 dy, x, weight, None, None, mean, inv_std, True, p.eps, [True, True, True]
-            )
+            ),
         )
 
         def call(i: int) -> tuple[Tensor, ...]:
@@ -313,6 +329,7 @@ class TorchCompile(ModuleOps, Contender):
         return Prepared(call, GRADIENTS)
 
     def module(self, problem: Problem) -> nn.Module:
+        torch._dynamo.reset()
         return torch.compile(torch_module(problem), dynamic=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,7 @@ def measure(
     torch.set_num_threads(threads or session.threads)
     try:
         for cache in caches:
+            deadline = time.monotonic() + seconds / len(caches)
             rotate = cache == "cold" and not sweeps_cache
             buffers = cold_buffers(touched, session.device) if rotate else 1
             problem = make_problem(case, session.device, buffers, session.seed)
@@ -77,8 +79,8 @@ def measure(
             for name, reason in outcome.excluded.items():
                 exclude(session, name, case, op, reason)
             calls = {name: prepared.call for name, prepared in outcome.ready.items()}
-            share = seconds / len(caches)
-            time_calls(session, case, op, cache, calls, share, buffers=buffers)
+            left = deadline - time.monotonic()
+            time_calls(session, case, op, cache, calls, left, buffers=buffers)
     finally:
         torch.set_num_threads(session.threads)
 

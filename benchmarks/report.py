@@ -323,7 +323,10 @@ def _memory(record: Record) -> str:
         for entry in record.memory
     ]
     header = ["shape", "dtype", "layout", "contender", "input MB", "saved / input", "peak / input"]
-    note = "Saved for backward, and the peak above the input and its gradient's source in one step."
+    note = (
+        "Kept for backward, parameters aside, and the most that a forward and backward pass holds "
+        "beside x and dy."
+    )
     return _section("Memory", note, table(header, lines)) if lines else ""
 
 

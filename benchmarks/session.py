@@ -68,23 +68,25 @@ class Session:
         the budget is spent are skipped and listed; an interrupt ends the run and keeps the record.
         `save` is called from time to time.
         """
-        saved = time.monotonic()
+        start = saved = time.monotonic()
         deadline = time.monotonic() + budget_s
-        weight_left = sum(task.weight for task in tasks)
-        with Progress(len(tasks)) as bar:
+        weight = weight_left = sum(task.weight for task in tasks)
+        with Progress(len(tasks), own_clock=True) as bar:
             try:
                 for task in tasks:
                     left = deadline - time.monotonic()
                     if left <= 0:
                         self.skipped.append(task.label)
                         continue
-                    bar.show(task.label, f"at most {left:.0f} s left")
+                    done = weight - weight_left
+                    likely = (time.monotonic() - start) * weight_left / done if done else left
+                    bar.show(task.label, f"{min(left, likely):.0f} s left")
                     task.run(self, left * task.weight / weight_left)
                     weight_left -= task.weight
                     bar.advance()
                     if save and time.monotonic() - saved > SAVE_EVERY_S:
                         save()
-                        saved = time.monotonic()
+                        start = saved = time.monotonic()
             except KeyboardInterrupt:
                 self.interrupted = True
 
@@ -92,7 +94,8 @@ class Session:
 class Progress:
     """A progress bar with the time left; plain lines where tqdm is not installed."""
 
-    def __init__(self, total: int, unit: str = "task") -> None:
+    def __init__(self, total: int, unit: str = "task", own_clock: bool = False) -> None:
+        """`own_clock` leaves the time left to the notes of `show`."""
         self.total = total
         self.done = 0
         try:
@@ -100,7 +103,11 @@ class Progress:
         except ImportError:
             self.bar = None
         else:
-            self.bar = tqdm(total=total, dynamic_ncols=True, unit=unit, leave=False)
+            clock = "{elapsed}" if own_clock else "{elapsed}<{remaining}"
+            shape = "{desc} |{bar}| {n_fmt}/{total_fmt} [" + clock + "{postfix}]"
+            self.bar = tqdm(
+                total=total, dynamic_ncols=True, unit=unit, leave=False, bar_format=shape
+            )
 
     def __enter__(self) -> Progress:
         return self
