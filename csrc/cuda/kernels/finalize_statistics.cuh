@@ -28,7 +28,7 @@ constexpr bool kSquaresOverflow = std::is_same_v<T, float> || std::is_same_v<T, 
 
 // Moments summed in double by one warp, slowly: for values whose squares overflow the accumulate type.
 template <class T>
-__device__ __noinline__ Moments<double> moments_in_double(const T* x, const Shape& shape, int64_t channel) {
+__device__ Moments<double> moments_in_double(const T* x, Shape shape, int64_t channel) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t samples = shape.samples();
   const auto element = [&](int64_t i) {
@@ -80,7 +80,8 @@ struct FinalizeStatistics {
   }
 };
 
-// The moments of several sets, summed in two passes over them: no division for each, and nothing large cancels.
+// The moments of several sets, summed in two passes over them: no division for each, and nothing large cancels. What
+// the first pass rounded off the mean, the second finds.
 template <class V, class At>
 __device__ __forceinline__ Moments<V> fold_moments(At&& at, int64_t items, int lane, int width) {
   int64_t count = 0;
@@ -93,13 +94,17 @@ __device__ __forceinline__ Moments<V> fold_moments(At&& at, int64_t items, int l
   count = group_sum(count, width);
   weighted = group_sum(weighted, width);
   const V mean = count == 0 ? V(0) : weighted / static_cast<V>(count);
-  V m2 = 0;
+  V deviations = 0, squares = 0;
   for (int64_t i = lane; i < items; i += width) {
     const auto part = at(i);
-    const V delta = static_cast<V>(part.mean) - mean;
-    m2 += static_cast<V>(part.m2) + static_cast<V>(part.count) * delta * delta;
+    const V deviation = static_cast<V>(part.mean) - mean;
+    const V weighted_deviation = static_cast<V>(part.count) * deviation;
+    deviations += weighted_deviation;
+    squares += multiply_add(weighted_deviation, deviation, static_cast<V>(part.m2));
   }
-  return {mean, group_sum(m2, width), count};
+  deviations = group_sum(deviations, width);
+  if (deviations - deviations != 0) deviations = 0;  // an infinite mean stays one
+  return moments_from_sums(mean, deviations, group_sum(squares, width), count);
 }
 
 // One warp for each channel: merges its splits' moments, partials[channel][split], in double.

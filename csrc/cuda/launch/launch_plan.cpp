@@ -18,7 +18,7 @@ constexpr int64_t kSectorBytes = 32;  // what memory is read by
 constexpr int64_t kLongRunBytes = 1024;
 
 // Enough of a row for full-width memory access, and few enough channels that a split's partial results stay small.
-constexpr int64_t kTileRowBytes = 512;
+constexpr int64_t kTileRowBytes = 256;
 
 // What a thread should read at least, in vectors: two chunks of four loads in flight.
 constexpr int64_t kThreadVectors = 8;

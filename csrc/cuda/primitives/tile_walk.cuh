@@ -106,13 +106,13 @@ class TileWalk<ColumnView, kVector, kThreads> {
     const int64_t first = part * view.phase_rows + lane;
     count_ = lane < view.lanes && first < end ? (end - first + view.lanes - 1) / view.lanes : 0;
 
-    const int64_t row_start = (phase + view.phases * first) * pitch + tile.first * inner_;
-    head_ = static_cast<int>(row_start + view.misalignment) & (kVector - 1);
+    const int64_t phase_start = phase * pitch + tile.first * inner_;
+    head_ = static_cast<int>(phase_start + view.misalignment) & (kVector - 1);
     column_ = vector * kVector - head_;
     const int width = row_channels_ * channel_items_;
     low_ = column_ < 0 ? -column_ : 0;
     high_ = width - column_ < kVector ? width - column_ : kVector;
-    offset_ = row_start + column_;
+    offset_ = phase_start + first * view.phases * pitch + column_;
     step_ = view.lanes * view.phases * pitch;
   }
 

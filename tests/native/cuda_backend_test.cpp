@@ -1,0 +1,606 @@
+// The CUDA backend, run in the CPU emulation through its own launches, against an oracle in long double.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/formulas.h"
+#include "cuda/launch/backend.h"
+#include "cuda_emulation.h"
+
+namespace {
+
+using namespace batchnorm_ext;
+
+int passed = 0, failed = 0;
+
+void report(bool good, const std::string& name, const std::string& why = "") {
+  if (good) {
+    ++passed;
+  } else {
+    ++failed;
+    std::printf("FAILED %s: %s\n", name.c_str(), why.c_str());
+  }
+}
+
+// ---- Memory of any element type
+
+const char* name_of(DType dtype) {
+  constexpr const char* names[] = {"float64", "float32", "float16", "bfloat16"};
+  return names[static_cast<int>(dtype)];
+}
+
+DType accumulate_dtype(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+// Exactly sized, so that AddressSanitizer sees any access beyond it; `offset` elements past a 16-byte boundary; filled
+// with bytes that no result may keep.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(DType dtype, int64_t size, int64_t offset = 0)
+      : dtype_(dtype),
+        size_(size),
+        skip_(offset * element_size(dtype)),
+        bytes_(static_cast<size_t>(skip_ + size * element_size(dtype)), static_cast<unsigned char>(0xcd)) {}
+
+  void* data() { return bytes_.data() + skip_; }
+  int64_t size() const { return size_; }
+  const std::vector<unsigned char>& bytes() const { return bytes_; }
+  double get(int64_t i) const { return view().load<double>(i, 0.0); }
+  void set(int64_t i, double value) { MutableChannelVector{data(), dtype_}.store(i, value); }
+  ChannelVector view() const { return {bytes_.data() + skip_, dtype_}; }
+  MutableChannelVector mutable_view() { return {data(), dtype_}; }
+  bool poisoned() const {  // all elements, or, by chance, none
+    for (int64_t i = skip_; i < static_cast<int64_t>(bytes_.size()); ++i) {
+      if (bytes_[i] != 0xcd) return false;
+    }
+    return size_ > 0;
+  }
+
+ private:
+  DType dtype_ = DType::float32;
+  int64_t size_ = 0, skip_ = 0;
+  std::vector<unsigned char> bytes_;  // malloc aligns to 16
+};
+
+// ---- A case and the oracle
+
+struct Case {
+  std::string name;
+  Shape shape;
+  DType dtype;
+  DType parameters = DType::float32;
+  bool training = true, affine = true, running = true, cumulative = false, skip_nonfinite = false;
+  int64_t x_offset = 0, y_offset = 0;  // elements past a vector boundary
+  double mean = 0.5, deviation = 2.0;
+  std::function<double(int64_t channel, int64_t sample)> value = nullptr;  // instead of random ones
+  double eps = 1e-5, momentum = 0.1;
+  cuda::DeviceLimits limits{90, 4, 2048, 232448, 233472, 1 << 20, true};
+};
+
+struct Tensors {
+  Buffer x, y, dy, dx, weight, bias, running_mean, running_var, mean, inv_std, dweight, dbias;
+  int64_t counter = 4;
+};
+
+int64_t index_of(const Shape& shape, int64_t channel, int64_t sample) {
+  return (sample / shape.inner * shape.channels + channel) * shape.inner + sample % shape.inner;
+}
+
+Tensors inputs(const Case& c) {
+  Tensors t;
+  std::mt19937_64 random(7);
+  std::normal_distribution<double> normal;
+  const int64_t elements = c.shape.elements(), channels = c.shape.channels;
+  t.x = Buffer(c.dtype, elements, c.x_offset);
+  t.dy = Buffer(c.dtype, elements, c.x_offset);
+  t.y = Buffer(c.dtype, elements, c.y_offset);
+  t.dx = Buffer(c.dtype, elements, c.y_offset);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    for (int64_t s = 0; s < c.shape.samples(); ++s) {
+      const double x = c.value ? c.value(channel, s) : c.mean * (1 + channel % 5) + c.deviation * normal(random);
+      t.x.set(index_of(c.shape, channel, s), x);
+      t.dy.set(index_of(c.shape, channel, s), normal(random) + 0.25);
+    }
+  }
+  for (Buffer* p : {&t.weight, &t.bias, &t.running_mean, &t.running_var, &t.dweight, &t.dbias}) {
+    *p = Buffer(c.parameters, channels);
+  }
+  t.mean = Buffer(accumulate_dtype(c.dtype), channels);
+  t.inv_std = Buffer(accumulate_dtype(c.dtype), channels);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    t.weight.set(channel, 1.0 + 0.5 * normal(random));
+    t.bias.set(channel, normal(random));
+    t.running_mean.set(channel, normal(random));
+    t.running_var.set(channel, 0.5 + std::abs(normal(random)));
+  }
+  return t;
+}
+
+ForwardParams forward_params(const Case& c, Tensors& t) {
+  ForwardParams p{};
+  p.shape = c.shape;
+  p.dtype = c.dtype;
+  p.x = t.x.data();
+  p.y = t.y.data();
+  if (c.affine) {
+    p.weight = t.weight.view();
+    p.bias = t.bias.view();
+  }
+  if (c.running) {
+    p.running.mean = t.running_mean.mutable_view();
+    p.running.variance = t.running_var.mutable_view();
+    if (c.training) p.running.num_batches_tracked = &t.counter;
+  }
+  p.running.momentum = c.momentum;
+  p.running.cumulative = c.cumulative;
+  p.running.skip_nonfinite = c.skip_nonfinite;
+  p.eps = c.eps;
+  p.batch_statistics = c.training;
+  p.mean = t.mean.data();
+  p.inv_std = t.inv_std.data();
+  return p;
+}
+
+BackwardParams backward_params(const Case& c, Tensors& t, bool dx, bool dweight, bool dbias) {
+  BackwardParams p{};
+  p.shape = c.shape;
+  p.dtype = c.dtype;
+  p.dy = t.dy.data();
+  p.x = dweight || (dx && c.training) ? t.x.data() : nullptr;
+  p.dx = dx ? t.dx.data() : nullptr;
+  if (c.affine) p.weight = t.weight.view();
+  p.mean = t.mean.data();
+  p.inv_std = t.inv_std.data();
+  if (dweight) p.dweight = t.dweight.mutable_view();
+  if (dbias) p.dbias = t.dbias.mutable_view();
+  p.batch_statistics = c.training;
+  return p;
+}
+
+template <class Params>
+void run(const Case& c, const Params& params) {
+  size_t bytes;
+  if constexpr (std::is_same_v<Params, ForwardParams>) {
+    bytes = cuda::forward_workspace_bytes(params, c.limits);
+  } else {
+    bytes = cuda::backward_workspace_bytes(params, c.limits);
+  }
+  // Aligned as an allocator of the device would, and full of rubbish.
+  void* const workspace = bytes == 0 ? nullptr : std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (workspace != nullptr) std::memset(workspace, 0xcd, bytes);
+  try {
+    if constexpr (std::is_same_v<Params, ForwardParams>) {
+      cuda::forward(params, c.limits, workspace, nullptr);
+    } else {
+      cuda::backward(params, c.limits, workspace, nullptr);
+    }
+  } catch (...) {
+    std::free(workspace);
+    throw;
+  }
+  std::free(workspace);
+}
+
+struct Channel {
+  long double first, mean, variance, inv_std, weight, bias, sum_dy = 0, sum_dy_xhat = 0;
+};
+
+// What a channel's results should be, from the inputs as they are stored. `before` holds the inputs of the call.
+Channel oracle(const Case& c, const Tensors& before, int64_t channel) {
+  const int64_t samples = c.shape.samples();
+  Channel o{};
+  if (c.training) {
+    o.first = before.x.get(index_of(c.shape, channel, 0));
+    for (int64_t s = 0; s < samples; ++s) o.mean += before.x.get(index_of(c.shape, channel, s)) - o.first;
+    o.mean = o.first + o.mean / samples;
+    for (int64_t s = 0; s < samples; ++s) {
+      const long double d = before.x.get(index_of(c.shape, channel, s)) - o.mean;
+      o.variance += d * d;
+    }
+    o.variance /= samples;
+  } else {
+    o.mean = before.running_mean.get(channel);
+    o.variance = before.running_var.get(channel);
+  }
+  o.inv_std = 1 / std::sqrt(o.variance + static_cast<long double>(c.eps));
+  o.weight = c.affine ? before.weight.get(channel) : 1.0;
+  o.bias = c.affine ? before.bias.get(channel) : 0.0;
+  for (int64_t s = 0; s < samples; ++s) {
+    const int64_t i = index_of(c.shape, channel, s);
+    o.sum_dy += before.dy.get(i);
+    o.sum_dy_xhat += before.dy.get(i) * (before.x.get(i) - o.mean) * o.inv_std;
+  }
+  return o;
+}
+
+// ---- Comparison
+
+// Relative size of a rounding to the type a result is stored in, times what the arithmetic may add to it.
+double storage_error(DType dtype) {
+  constexpr double halves[] = {0x1p-52, 0x1p-23, 0x1p-10, 0x1p-7};
+  return halves[static_cast<int>(dtype)];
+}
+
+class Comparison {
+ public:
+  // |got - wanted| within tolerance * scale.
+  void expect(const char* what, int64_t index, double got, long double wanted, double tolerance, long double scale) {
+    const bool both_nan = std::isnan(got) && std::isnan(static_cast<double>(wanted));
+    const bool equal = static_cast<long double>(got) == wanted;
+    if (both_nan || equal || std::abs(got - wanted) <= tolerance * scale) return;
+    if (why_.empty()) {
+      char text[200];
+      std::snprintf(text, sizeof text, "%s[%lld] is %.9g, not %.9Lg (allowed %.3Lg)", what,
+                    static_cast<long long>(index), got, wanted, tolerance * scale);
+      why_ = text;
+    }
+  }
+  void expect(bool good, const char* why) {
+    if (!good && why_.empty()) why_ = why;
+  }
+  const std::string& why() const { return why_; }
+
+ private:
+  std::string why_;
+};
+
+void compare_forward(const Case& c, const Tensors& before, const Tensors& after, Comparison& compare) {
+  const double accumulate = 8 * storage_error(accumulate_dtype(c.dtype));
+  const double stored = accumulate + storage_error(c.dtype);
+  const double parameter = accumulate + storage_error(c.parameters);
+  const int64_t samples = c.shape.samples();
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    const Channel o = oracle(c, before, channel);
+    const long double deviation = std::sqrt(o.variance);
+    // Means are kept around the first element: one unlike the others costs what it lies away from them.
+    const long double distance = c.training ? std::abs(o.mean - o.first) * o.inv_std : 0;
+    compare.expect("mean", channel, after.mean.get(channel), o.mean, accumulate, std::abs(o.mean) + deviation);
+    compare.expect("inv_std", channel, after.inv_std.get(channel), o.inv_std, 4 * accumulate, o.inv_std);
+    if (c.training && c.running) {
+      const long double momentum = c.cumulative ? 1.0L / (before.counter + 1) : c.momentum;
+      const long double m = before.running_mean.get(channel), v = before.running_var.get(channel);
+      const long double unbiased = o.variance * samples / (samples - 1);
+      compare.expect("running_mean", channel, after.running_mean.get(channel), (1 - momentum) * m + momentum * o.mean,
+                     parameter, std::abs(m) + std::abs(o.mean) + deviation);
+      compare.expect("running_var", channel, after.running_var.get(channel), (1 - momentum) * v + momentum * unbiased,
+                     4 * parameter, v + unbiased);
+    }
+    for (int64_t s = 0; s < samples; ++s) {
+      const int64_t i = index_of(c.shape, channel, s);
+      const long double xhat = (before.x.get(i) - o.mean) * o.inv_std;
+      const long double y = xhat * o.weight + o.bias;
+      compare.expect("y", i, after.y.get(i), y, stored,
+                     std::abs(xhat * o.weight) + std::abs(o.bias) + std::abs(o.weight) * (1 + distance));
+    }
+  }
+  if (c.running && c.training) compare.expect(after.counter == before.counter + 1, "the batch was not counted once");
+  if (!c.training) compare.expect(after.counter == before.counter, "evaluation counted a batch");
+}
+
+void compare_backward(const Case& c, const Tensors& before, const Tensors& after, bool dx, bool dweight, bool dbias,
+                      Comparison& compare) {
+  const double accumulate = 32 * storage_error(accumulate_dtype(c.dtype));
+  const double stored = accumulate + storage_error(c.dtype);
+  const double parameter = accumulate + storage_error(c.parameters);
+  const int64_t samples = c.shape.samples();
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    const Channel o = oracle(c, before, channel);
+    const long double root = std::sqrt(static_cast<long double>(samples));
+    const long double noise = root * 2;  // the size of a sum of this many gradients around zero
+    if (dbias) {
+      compare.expect("dbias", channel, after.dbias.get(channel), o.sum_dy, parameter, std::abs(o.sum_dy) + noise);
+    }
+    if (dweight) {
+      compare.expect("dweight", channel, after.dweight.get(channel), o.sum_dy_xhat, parameter,
+                     std::abs(o.sum_dy_xhat) + noise * (1 + std::abs(o.mean * o.inv_std)));
+    }
+    // The mean that forward saved is rounded: an error of |mean| * inv_std in units of the deviation.
+    for (int64_t s = 0; dx && s < samples; ++s) {
+      const int64_t i = index_of(c.shape, channel, s);
+      const long double scale = o.weight * o.inv_std;
+      const long double xhat = (before.x.get(i) - o.mean) * o.inv_std;
+      const long double wanted = c.training
+                                     ? scale * (before.dy.get(i) - o.sum_dy / samples - xhat * o.sum_dy_xhat / samples)
+                                     : scale * before.dy.get(i);
+      compare.expect(
+          "dx", i, after.dx.get(i), wanted, stored,
+          std::abs(scale) * (std::abs(before.dy.get(i)) + 1 + std::abs(xhat) + std::abs(o.mean * o.inv_std)));
+    }
+  }
+  if (!dx) compare.expect(after.dx.poisoned() || after.dx.size() == 0, "dx was written though not asked for");
+  if (!dweight) compare.expect(after.dweight.poisoned() || after.dweight.size() == 0, "dweight was written");
+  if (!dbias) compare.expect(after.dbias.poisoned() || after.dbias.size() == 0, "dbias was written");
+}
+
+bool same_bits(const Tensors& a, const Tensors& b) {
+  return a.y.bytes() == b.y.bytes() && a.dx.bytes() == b.dx.bytes() && a.mean.bytes() == b.mean.bytes() &&
+         a.inv_std.bytes() == b.inv_std.bytes() && a.running_mean.bytes() == b.running_mean.bytes() &&
+         a.running_var.bytes() == b.running_var.bytes() && a.dweight.bytes() == b.dweight.bytes() &&
+         a.dbias.bytes() == b.dbias.bytes() && a.counter == b.counter;
+}
+
+struct Gradients {
+  bool dx, dweight, dbias;
+};
+
+void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, true}}) {
+  using emulation::Order;
+  const std::string name = c.name + " " + name_of(c.dtype) + (c.training ? " training" : " evaluation");
+  try {
+    for (const Gradients& g : subsets) {
+      Comparison compare;
+      Tensors first;
+      for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+        emulation::settings.order = order;
+        emulation::settings.seed = 11;
+        const Tensors before = inputs(c);
+        Tensors after = before;
+        run(c, forward_params(c, after));
+        run(c, backward_params(c, after, g.dx, g.dweight, g.dbias));
+        if (order == Order::ascending) {
+          compare_forward(c, before, after, compare);
+          compare_backward(c, before, after, g.dx, g.dweight, g.dbias, compare);
+          first = after;
+        } else {
+          compare.expect(same_bits(first, after), "the order of threads changes the result");
+        }
+      }
+      report(compare.why().empty(), name, compare.why());
+    }
+  } catch (const std::exception& error) {
+    report(false, name, error.what());
+  }
+}
+
+const std::vector<Gradients> all_subsets = {{true, true, true},   {true, true, false}, {true, false, true},
+                                            {true, false, false}, {false, true, true}, {false, true, false},
+                                            {false, false, true}};
+
+constexpr DType all_dtypes[] = {DType::float64, DType::float32, DType::float16, DType::bfloat16};
+
+// ---- The cases
+
+void shapes() {
+  const struct {
+    const char* name;
+    Shape shape;
+  } shapes[] = {
+      {"long runs", {3, 2, 1024}},
+      {"long odd runs", {3, 2, 1027}},
+      {"one channel", {5, 1, 77}},
+      {"one channel without inner", {200, 1, 1}},
+      {"one long run for each channel", {1, 3, 4099}},
+      {"long runs of many outer", {70, 1, 600}},
+      {"7x7", {6, 32, 49}},
+      {"7x7, odd number of channels", {20, 5, 49}},
+      {"7x7, more tiles", {4, 70, 49}},
+      {"14x14", {5, 8, 196}},
+      {"15x15, tiles that share vectors", {3, 40, 225}},
+      {"15x15 odd", {9, 41, 225}},
+      {"1x1", {9, 64, 1}},
+      {"rows", {300, 64, 1}},
+      {"wide rows", {40, 600, 1}},
+      {"wide odd rows", {40, 1201, 1}},
+      {"three channels last", {130, 3, 1}},
+      {"20 channels last", {61, 20, 1}},
+      {"one row", {1, 24, 5}},
+      {"two samples", {2, 7, 1}},
+      {"two samples in a run", {1, 7, 2}},
+  };
+  for (const auto& s : shapes) {
+    for (const DType dtype : all_dtypes) {
+      for (const bool training : {true, false}) {
+        Case c{s.name, s.shape, dtype};
+        c.training = training;
+        check(c);
+      }
+    }
+  }
+}
+
+void flags() {
+  for (const Shape shape : {Shape{12, 6, 37}, Shape{2, 2, 1500}}) {
+    for (const bool training : {true, false}) {
+      for (const bool affine : {true, false}) {
+        Case c{std::string("gradient subsets") + (affine ? "" : " without affine"), shape, DType::float32};
+        c.training = training;
+        c.affine = affine;
+        check(c, all_subsets);
+      }
+    }
+    for (const DType parameters : all_dtypes) {
+      Case c{std::string("parameters in ") + name_of(parameters), shape, DType::float16};
+      c.parameters = parameters;
+      check(c);
+      c.training = false;
+      check(c);
+    }
+    Case cumulative{"cumulative momentum", shape, DType::float32};
+    cumulative.cumulative = true;
+    check(cumulative);
+    Case no_running{"no running statistics", shape, DType::bfloat16};
+    no_running.running = false;
+    check(no_running);
+  }
+}
+
+void alignments() {
+  for (const Shape shape :
+       {Shape{4, 3, 1030}, Shape{30, 6, 35}, Shape{33, 3, 1}, Shape{20, 40, 1}, Shape{9, 1203, 1}}) {
+    for (const DType dtype : all_dtypes) {
+      for (const int64_t x : {0, 1}) {
+        for (const int64_t y : {0, 1}) {
+          if (x == 0 && y == 0) continue;
+          Case c{"tensors off vector boundaries", shape, dtype};
+          c.x_offset = x;
+          c.y_offset = y;
+          check(c);
+          c.training = false;
+          check(c);
+        }
+      }
+    }
+  }
+}
+
+void numerics() {
+  for (const Shape shape : {Shape{8, 4, 1031}, Shape{64, 16, 1}, Shape{40, 6, 49}}) {
+    Case far{"mean of 1e5 deviations", shape, DType::float32};
+    far.mean = 1e5;
+    far.deviation = 1;
+    check(far);
+
+    Case huge{"values near 1e30", shape, DType::float32};
+    huge.mean = 0;
+    huge.deviation = 1e30;
+    huge.parameters = DType::float64;                                      // the variance is no float
+    const std::vector<Gradients> parameters_only = {{false, true, true}};  // dx holds 1 / deviation^2, below any float
+    check(huge, parameters_only);
+    huge.dtype = DType::bfloat16;
+    check(huge, parameters_only);
+
+    Case outlier{"a first element unlike the others", shape, DType::float32};
+    outlier.value = [](int64_t, int64_t s) { return s == 0 ? 0.0 : 1e4 + std::sin(static_cast<double>(s)); };
+    check(outlier);
+
+    for (const DType dtype : all_dtypes) {
+      Case constant{"a constant channel gives exactly bias", shape, dtype};
+      constant.value = [](int64_t, int64_t) { return 3.1415926; };
+      constant.parameters = dtype;
+      check(constant);
+      Tensors t = inputs(constant);
+      run(constant, forward_params(constant, t));
+      bool exact = true;
+      for (int64_t i = 0; i < shape.elements(); ++i) {
+        exact = exact && t.y.get(i) == t.bias.get(i / shape.inner % shape.channels);
+      }
+      report(exact, constant.name, "y is not bias to the bit");
+    }
+  }
+}
+
+// One element that is not finite spoils its channel only, and with skip_nonfinite its running statistics stay.
+void nonfinite() {
+  for (const Shape shape : {Shape{4, 5, 1031}, Shape{40, 9, 7}}) {
+    for (const DType dtype : {DType::float32, DType::float16}) {
+      for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+        for (const int64_t where : {int64_t(0), shape.samples() / 2}) {
+          for (const bool skip : {false, true}) {
+            Case c{"not finite", shape, dtype};
+            c.skip_nonfinite = skip;
+            c.value = [=](int64_t channel, int64_t s) {
+              return channel == 2 && s == where ? bad : std::cos(static_cast<double>(s + channel));
+            };
+            const Tensors before = inputs(c);
+            Tensors after = before;
+            run(c, forward_params(c, after));
+            Comparison compare;
+            for (int64_t channel = 0; channel < shape.channels; ++channel) {
+              const double y = after.y.get(index_of(shape, channel, 1));
+              const bool kept = after.running_mean.get(channel) == before.running_mean.get(channel) &&
+                                after.running_var.get(channel) == before.running_var.get(channel);
+              const bool finite =
+                  std::isfinite(after.running_mean.get(channel)) && std::isfinite(after.running_var.get(channel));
+              if (channel == 2) {
+                compare.expect(std::isnan(y), "y of the spoilt channel is not NaN");
+                compare.expect(skip ? kept : !finite, "running statistics of the spoilt channel");
+                const double mean = after.mean.get(channel);
+                compare.expect(std::isnan(bad) ? std::isnan(mean) : mean == bad, "mean of the spoilt channel");
+              } else {
+                compare.expect(std::isfinite(y) && finite && !kept, "a sound channel was spoilt");
+              }
+            }
+            compare.expect(after.counter == before.counter + 1, "the batch was not counted");
+            report(compare.why().empty(), c.name, compare.why());
+          }
+        }
+      }
+    }
+  }
+}
+
+void empty() {
+  for (const Shape shape : {Shape{0, 4, 9}, Shape{4, 0, 9}, Shape{4, 3, 0}, Shape{0, 0, 0}}) {
+    Case c{"empty", shape, DType::float32};
+    Tensors t = inputs(c);
+    Comparison compare;
+    const Tensors before = t;
+    run(c, forward_params(c, t));
+    compare.expect(t.counter == before.counter + 1, "an empty batch was not counted");
+    compare.expect(t.running_mean.bytes() == before.running_mean.bytes(), "running_mean changed");
+    run(c, backward_params(c, t, true, true, true));
+    for (int64_t channel = 0; channel < shape.channels; ++channel) {
+      compare.expect(t.dweight.get(channel) == 0 && t.dbias.get(channel) == 0, "gradients of an empty batch");
+    }
+    c.training = false;
+    run(c, forward_params(c, t));
+    compare.expect(t.counter == before.counter + 1, "evaluation counted a batch");
+    report(compare.why().empty(), "empty batch", compare.why());
+  }
+}
+
+// How much is launched is part of the design: a launch costs as much as a small tensor.
+void launches() {
+  const auto count = [](const Case& c, bool forward, Gradients g = {true, true, true}) {
+    Tensors t = inputs(c);
+    run(c, forward_params(c, t));
+    const int64_t before = emulation::counters.launches;
+    if (forward) {
+      run(c, forward_params(c, t));
+    } else {
+      run(c, backward_params(c, t, g.dx, g.dweight, g.dbias));
+    }
+    return emulation::counters.launches - before;
+  };
+  Case split{"split channels", {16, 2, 4096}, DType::float32};
+  report(count(split, true) == 3, "split channels take three launches forward");
+  report(count(split, false) == 3, "split channels take three launches backward");
+  Case small{"small", {4, 16, 8}, DType::float32};
+  report(count(small, true) == 2, "a small tensor takes two launches forward");
+  report(count(small, false) == 2, "a small tensor takes two launches backward");
+  report(count(small, false, {false, true, true}) == 1, "parameter gradients take one launch");
+  small.training = false;
+  report(count(small, true) == 1, "evaluation takes one launch forward");
+  report(count(small, false) == 1, "evaluation takes one launch backward");
+}
+
+void failures() {
+  const Case c{"failing", {16, 2, 4096}, DType::float32};
+  const char* const steps[] = {"channel_statistics", "finalize_statistics", "normalize"};
+  for (int i = 0; i < 3; ++i) {
+    Tensors t = inputs(c);
+    emulation::settings.fail_launch = i;
+    std::string message;
+    try {
+      run(c, forward_params(c, t));
+    } catch (const std::runtime_error& error) {
+      message = error.what();
+    }
+    emulation::settings.fail_launch = -1;
+    report(message.find(steps[i]) != std::string::npos, "a failed launch names its step", message);
+  }
+}
+
+}  // namespace
+
+int main() {
+  launches();
+  failures();
+  empty();
+  flags();
+  shapes();
+  alignments();
+  numerics();
+  nonfinite();
+  const cuda::DeviceLimits limits = cuda::device_limits(0);
+  report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.clusters, "device limits");
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,330 @@
+// The engine of the CUDA emulation: fibers, the order in which they run, and what they wait for.
+#include "cuda_emulation.h"
+
+#include <sys/mman.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulation {
+namespace {
+
+constexpr int kIdleRounds = 1000;          // in which threads only spin, before they are taken to wait for ever
+constexpr size_t kStackBytes = 256 << 10;  // touched only as far as it is used
+
+#if defined(__x86_64__)
+// Saves the callee's registers and the stack pointer, and takes up another stack where it was left. The C library's
+// swapcontext would make two system calls each time.
+using Context = void*;
+__attribute__((naked, noinline)) void swap(Context*, Context) {
+  asm(R"(
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+  )");
+}
+void switch_stacks(Context& from, Context& to) {
+  swap(&from, to);
+}
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  auto** top = reinterpret_cast<void**>(stack + kStackBytes);
+  *--top = nullptr;  // entry never returns; this keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(entry);
+  context = top - 6;
+}
+#else
+using Context = ucontext_t;
+void switch_stacks(Context& from, Context& to) {
+  swapcontext(&from, &to);
+}
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, entry, 0);
+}
+#endif
+
+// A meeting of several threads: the generation counts how often all of them have come.
+struct Meeting {
+  unsigned arrived = 0;
+  int site = 0;
+  uint64_t generation = 0;
+};
+
+struct Warp {
+  unsigned mask = 0, arrived = 0;  // lanes that are to come, and those that have
+  unsigned live = 0;
+  int site = 0;
+  uint64_t generation = 0;
+  alignas(16) unsigned char slots[32][16] = {};
+};
+
+struct Block {
+  unsigned live = 0;
+  Meeting barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> shared;
+};
+
+struct Fiber {
+  Context context;
+  unsigned char* stack = nullptr;
+  void* fake_stack = nullptr;
+  unsigned thread = 0;
+  uint3 block_index{};
+  Block* block = nullptr;
+  const uint64_t* awaited = nullptr;  // runnable when this no longer has the value
+  uint64_t value = 0;
+  bool busy = false;
+  bool spinning = false;
+};
+
+struct Engine {
+  std::vector<std::unique_ptr<Fiber>> fibers, abandoned;
+  Context scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  Fiber* current = nullptr;
+  const std::function<void()>* thread = nullptr;
+  std::string error;
+};
+Engine engine;
+
+void before_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(save, stack, bytes);
+#endif
+}
+void after_switch([[maybe_unused]] void* saved, [[maybe_unused]] const void** old, [[maybe_unused]] size_t* bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, old, bytes);
+#endif
+}
+
+void resume(Fiber& fiber) {
+  engine.current = &fiber;
+  threadIdx = {fiber.thread, 0, 0};
+  blockIdx = fiber.block_index;
+  lane = fiber.thread % 32;
+  block_shared_memory = fiber.block->shared.get();
+  before_switch(&engine.scheduler_fake_stack, fiber.stack, kStackBytes);
+  switch_stacks(engine.scheduler, fiber.context);
+  after_switch(engine.scheduler_fake_stack, nullptr, nullptr);
+}
+
+void suspend() {
+  Fiber& fiber = *engine.current;
+  before_switch(&fiber.fake_stack, engine.scheduler_stack, engine.scheduler_stack_bytes);
+  switch_stacks(fiber.context, engine.scheduler);
+  after_switch(fiber.fake_stack, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+}
+
+// The thread stays where it is, with whatever it holds: nothing here may be left to a destructor.
+[[noreturn]] void fail(const char* what) {
+  engine.error = what;
+  engine.error += " (thread " + std::to_string(threadIdx.x) + " of block " + std::to_string(blockIdx.x) + ", " +
+                  std::to_string(blockIdx.y) + ")";
+  for (;;) suspend();
+}
+
+void wait_for(const uint64_t& generation) {
+  engine.current->value = generation;
+  engine.current->awaited = &generation;
+  suspend();
+}
+
+void leave(Block& block, unsigned warp_index, unsigned own_lane) {
+  Warp& warp = block.warps[warp_index];
+  warp.live &= ~(1u << own_lane);
+  if (warp.arrived != 0 && (warp.mask >> own_lane & 1u) != 0) fail("ended while its warp waits for it");
+  --block.live;
+  if (block.live > 0 && block.barrier.arrived == block.live) {
+    block.barrier.arrived = 0;
+    ++block.barrier.generation;
+  }
+}
+
+// A fiber outlives the thread it runs: the next block's thread starts on the same stack.
+void fiber_main() {
+  after_switch(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+  for (;;) {
+    (*engine.thread)();
+    Fiber& fiber = *engine.current;
+    leave(*fiber.block, fiber.thread / 32, fiber.thread % 32);
+    fiber.busy = false;
+    suspend();
+  }
+}
+
+Fiber& new_fiber() {
+  engine.fibers.push_back(std::make_unique<Fiber>());
+  Fiber& fiber = *engine.fibers.back();
+  void* const stack =
+      mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) throw EmulationError("no memory for the stack of a thread");
+  fiber.stack = static_cast<unsigned char*>(stack);
+  prepare(fiber.context, fiber.stack, fiber_main);
+  return fiber;
+}
+
+// After an error the fibers hang in the middle of a thread: new ones replace them, and their stacks stay.
+[[noreturn]] void give_up(const std::string& what) {
+  for (auto& fiber : engine.fibers) engine.abandoned.push_back(std::move(fiber));
+  engine.fibers.clear();
+  throw EmulationError(what);
+}
+
+class Grid {
+ public:
+  Grid(dim3 grid, dim3 block, size_t shared_bytes)
+      : grid_(grid), block_(block), shared_bytes_(shared_bytes), random_(settings.seed) {
+    blockDim = block;
+    gridDim = grid;
+    if (block.y != 1 || block.z != 1) throw EmulationError("blocks of one dimension only");
+    blocks_.resize(std::min<uint64_t>(std::max(settings.live_blocks, 1u), uint64_t(grid.x) * grid.y * grid.z));
+    while (engine.fibers.size() < blocks_.size() * block.x) new_fiber();
+    numbers_.resize(uint64_t(grid.x) * grid.y * grid.z);
+    arrange(numbers_);
+    turns_.resize(blocks_.size() * block.x);
+    arrange(turns_);
+  }
+
+  void run() {
+    size_t started = 0;
+    int idle_rounds = 0;
+    for (Block& block : blocks_) start(block, numbers_[started++]);
+    for (;;) {
+      if (settings.order == Order::shuffled) std::shuffle(turns_.begin(), turns_.end(), random_);
+      bool moved = false, busy = false;
+      for (const uint64_t turn : turns_) {
+        Fiber& fiber = *engine.fibers[turn];
+        if (!fiber.busy) continue;
+        busy = true;
+        if (fiber.awaited != nullptr && *fiber.awaited == fiber.value) continue;
+        fiber.awaited = nullptr;
+        fiber.spinning = false;
+        resume(fiber);
+        moved = moved || !fiber.spinning;
+        if (!engine.error.empty()) give_up(std::exchange(engine.error, std::string()));
+      }
+      for (Block& block : blocks_) {
+        if (block.live == 0 && started < numbers_.size()) {
+          start(block, numbers_[started++]);
+          busy = moved = true;
+        }
+      }
+      if (!busy) return;
+      idle_rounds = moved ? 0 : idle_rounds + 1;
+      if (idle_rounds > kIdleRounds) give_up("all threads wait for ever");
+    }
+  }
+
+ private:
+  void arrange(std::vector<uint64_t>& indices) {
+    std::iota(indices.begin(), indices.end(), uint64_t(0));
+    if (settings.order == Order::descending) std::reverse(indices.begin(), indices.end());
+    if (settings.order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), random_);
+  }
+
+  void start(Block& block, uint64_t number) {
+    block.live = block_.x;
+    block.barrier = Meeting{};
+    block.warps.assign((block_.x + 31) / 32, Warp{});
+    block.shared.reset(new unsigned char[shared_bytes_]);
+    memset(block.shared.get(), 0xa5 ^ static_cast<int>(number & 0xff), shared_bytes_);
+    const size_t first_fiber = static_cast<size_t>(&block - blocks_.data()) * block_.x;
+    for (unsigned t = 0; t < block_.x; ++t) {
+      Fiber& fiber = *engine.fibers[first_fiber + t];
+      fiber.thread = t;
+      fiber.block_index = {static_cast<unsigned>(number % grid_.x), static_cast<unsigned>(number / grid_.x % grid_.y),
+                           static_cast<unsigned>(number / grid_.x / grid_.y)};
+      fiber.block = &block;
+      fiber.awaited = nullptr;
+      fiber.busy = true;
+      block.warps[t / 32].live |= 1u << t % 32;
+    }
+  }
+
+  dim3 grid_, block_;
+  size_t shared_bytes_;
+  std::mt19937_64 random_;
+  std::vector<Block> blocks_;
+  std::vector<uint64_t> numbers_;  // of the blocks, in the order they start
+  std::vector<uint64_t> turns_;    // of the fibers
+};
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  engine.thread = &thread;
+  Grid(grid, block, shared_bytes).run();
+}
+
+void sync_block(int site) {
+  Block& block = *engine.current->block;
+  Meeting& barrier = block.barrier;
+  if (barrier.arrived > 0 && barrier.site != site) fail("threads of a block wait at different barriers");
+  barrier.site = site;
+  if (++barrier.arrived == block.live) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    wait_for(barrier.generation);
+  }
+}
+
+void sync_warp(unsigned mask, int site) {
+  Warp& warp = engine.current->block->warps[threadIdx.x / 32];
+  const unsigned bit = 1u << lane;
+  if ((mask & bit) == 0) fail("waits for a warp's meeting that it is not part of");
+  if ((mask & ~warp.live) != 0) fail("waits for lanes of its warp that have ended");
+  if (warp.arrived != 0 && (warp.mask != mask || warp.site != site))
+    fail("lanes of a warp wait for different meetings");
+  warp.mask = mask;
+  warp.site = site;
+  warp.arrived |= bit;
+  if (warp.arrived == mask) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    wait_for(warp.generation);
+  }
+}
+
+void yield() {
+  engine.current->spinning = true;
+  suspend();
+}
+
+void* exchange_slot(unsigned index) {
+  return engine.current->block->warps[threadIdx.x / 32].slots[index];
+}
+
+}  // namespace emulation

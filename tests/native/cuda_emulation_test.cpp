@@ -1,0 +1,137 @@
+// The emulation's own test: what it must compute, and what it must catch.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace {
+
+using emulation::Order;
+
+int passed = 0, failed = 0;
+
+void report(bool good, const char* name) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s\n", name);
+}
+
+template <class... Parameters>
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, void (*kernel)(Parameters...),
+            Parameters... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  if (cudaLaunchKernelEx(&config, kernel, arguments...) != cudaSuccess) throw std::runtime_error("not launched");
+}
+
+// Each thread writes a value that its neighbour reads.
+__global__ void rotate_without_barrier(int* out) {
+  int* const shared = reinterpret_cast<int*>(emulation::shared_memory());
+  shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+__global__ void rotate(int* out) {
+  int* const shared = reinterpret_cast<int*>(emulation::shared_memory());
+  shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+
+// Whether some order of the threads gives another result than the ascending one.
+bool differs_between_orders(void (*kernel)(int*)) {
+  constexpr unsigned kBlocks = 5, kThreads = 96;
+  std::vector<int> first;
+  bool differs = false;
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulation::settings.order = order;
+    std::vector<int> out(kBlocks * kThreads);
+    launch(kBlocks, kThreads, kThreads * sizeof(int), kernel, out.data());
+    if (order == Order::ascending) first = out;
+    differs = differs || out != first;
+  }
+  return differs;
+}
+
+__global__ void warp_sums(int* out) {
+  int value = static_cast<int>(threadIdx.x);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  const unsigned odd = __ballot_sync(0xffffffffu, threadIdx.x % 2 == 1);
+  out[threadIdx.x] = value + (odd == 0xaaaaaaaau ? 0 : 1) + __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 3);
+}
+
+__global__ void different_barriers(int*) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void lanes_that_left(int* out) {
+  if (threadIdx.x % 32 == 5) return;
+  out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 1);
+}
+
+__global__ void barrier_between_blocks(int* arrived, int* seen) {
+  if (threadIdx.x == 0) {
+    atomicAdd(arrived, 1);
+    while (*static_cast<volatile int*>(arrived) < static_cast<int>(gridDim.x)) __nanosleep(20);
+  }
+  __syncthreads();
+  seen[blockIdx.x * blockDim.x + threadIdx.x] = *arrived;
+}
+
+bool is_refused(void (*kernel)(int*)) {
+  std::vector<int> out(64);
+  try {
+    launch(1, 64, 0, kernel, out.data());
+  } catch (const emulation::EmulationError&) {
+    return true;
+  }
+  return false;
+}
+
+bool blocks_meet(unsigned blocks) {
+  int arrived = 0;
+  std::vector<int> seen(blocks * 32, -1);
+  launch(blocks, 32, 0, barrier_between_blocks, &arrived, seen.data());
+  return seen == std::vector<int>(blocks * 32, static_cast<int>(blocks));
+}
+
+}  // namespace
+
+int main() {
+  report(differs_between_orders(rotate_without_barrier), "a missing barrier shows as a difference between orders");
+  report(!differs_between_orders(rotate), "with the barrier all orders agree");
+
+  for (const Order order : {Order::ascending, Order::descending, Order::shuffled}) {
+    emulation::settings.order = order;
+    std::vector<int> out(64);
+    launch(1, 64, 0, warp_sums, out.data());
+    bool right = true;
+    for (int t = 0; t < 64; ++t) right = right && out[t] == (t < 32 ? 496 + 3 : 1520 + 35);
+    report(right, "shuffles and ballots of each warp");
+    report(is_refused(different_barriers), "threads at different barriers are caught");
+    report(is_refused(lanes_that_left), "waiting for lanes that have ended is caught");
+
+    emulation::settings.live_blocks = 4;
+    report(blocks_meet(4), "blocks that are alive at once can wait for each other");
+    bool caught = false;
+    try {
+      blocks_meet(5);
+    } catch (const emulation::EmulationError&) {
+      caught = true;
+    }
+    report(caught, "blocks that wait for one that cannot start are caught");
+  }
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(0);
+  config.blockDim = dim3(32);
+  report(cudaLaunchKernelEx(&config, different_barriers, nullptr) == cudaErrorInvalidConfiguration,
+         "an empty grid is refused");
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,212 @@
+// The launch plan for four devices: what covers a tensor, what fills a device, what a launch may be.
+#include "cuda/launch/launch_plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/welford.h"
+#include "cuda/primitives/tile_walk.cuh"
+
+namespace {
+
+using namespace batchnorm_ext;
+using namespace batchnorm_ext::cuda;
+
+int passed = 0, failed = 0;
+
+void report(bool good, const std::string& name) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s\n", name.c_str());
+}
+
+constexpr DType all_dtypes[] = {DType::float64, DType::float32, DType::float16, DType::bfloat16};
+
+struct Device {
+  const char* name;
+  DeviceLimits limits;
+};
+constexpr Device devices[] = {
+    {"H200", {90, 132, 2048, 232448, 233472, 50 << 20, true}},
+    {"A100", {80, 108, 2048, 166912, 167936, 40 << 20, false}},
+    {"RTX 4090", {89, 128, 1536, 101376, 102400, 72 << 20, false}},
+    {"T4", {75, 40, 1024, 65536, 65536, 4 << 20, false}},
+};
+
+std::string describe(const Device& device, const Shape& shape, DType dtype, const Alignment& alignment) {
+  char text[160];
+  std::snprintf(text, sizeof text, "%s [%lld][%lld][%lld] of %lld bytes, %lld past a boundary%s", device.name,
+                static_cast<long long>(shape.outer), static_cast<long long>(shape.channels),
+                static_cast<long long>(shape.inner), static_cast<long long>(element_size(dtype)),
+                static_cast<long long>(alignment.misalignment), alignment.common ? "" : " each its own");
+  return text;
+}
+
+// Walks as the kernels do. Counts visits and checks each visit's channel, and that whole vectors lie at boundaries.
+template <int kVector, class View>
+bool covers(const StepPlan& plan, const View& view, const Shape& shape) {
+  std::vector<int> visits(static_cast<size_t>(shape.elements()));
+  constexpr int kChannels = kChannelsPerThread<View, kVector>;
+  for (int64_t t = 0; t < plan.tiles; ++t) {
+    const Tile tile = TileWalk<View, kVector, kBlockThreads>::tile(view, t);
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      for (unsigned thread = 0; thread < kBlockThreads; ++thread) {
+        threadIdx.x = thread;
+        TileWalk<View, kVector, kBlockThreads> walk(view, tile, split);
+        int channel[kChannels];
+        walk.channels(channel);
+        int64_t samples[kChannels] = {};
+        for (int64_t n = walk.count(); n > 0; --n) {
+          const Slot slot = walk.next();
+          const bool whole = slot.low == 0 && slot.high == kVector;
+          if (whole && (slot.offset + view.misalignment) % kVector != 0) return false;
+          for (int e = 0; e < kVector; ++e) {
+            if (!slot.holds(e)) continue;
+            const int64_t i = slot.offset + e;
+            const int a = kChannels == 1 ? 0 : e;
+            if (i < 0 || i >= shape.elements()) return false;
+            if (i / shape.inner % shape.channels != tile.first + channel[a]) return false;
+            ++visits[i];
+            ++samples[a];
+          }
+        }
+        for (int a = 0; a < kChannels; ++a) {
+          if (walk.samples(a) != samples[a]) return false;
+        }
+      }
+    }
+  }
+  return std::all_of(visits.begin(), visits.end(), [](int n) { return n == 1; });
+}
+
+template <int kVector>
+bool covers(const StepPlan& plan, const Shape& shape) {
+  return plan.rows ? covers<kVector>(plan, plan.row_view, shape) : covers<kVector>(plan, plan.column_view, shape);
+}
+
+bool covers(const StepPlan& plan, const Shape& shape) {
+  switch (plan.vector) {
+    case 1:
+      return covers<1>(plan, shape);
+    case 2:
+      return covers<2>(plan, shape);
+    case 4:
+      return covers<4>(plan, shape);
+    default:
+      return covers<8>(plan, shape);
+  }
+}
+
+bool is_launchable(const StepPlan& plan) {
+  if (plan.tiles < 1 || plan.tiles > 0x7fffffff || plan.splits < 1 || plan.splits > 65535) return false;
+  if (plan.rows) return true;
+  const ColumnView& view = plan.column_view;
+  return view.tile_vectors >= 1 && view.lanes >= 1 && view.tile_vectors * view.lanes <= kBlockThreads &&
+         view.fold_width >= 1 && view.fold_width <= 32 && view.tile_channels <= kBlockThreads * plan.vector;
+}
+
+void coverage() {
+  std::mt19937_64 random(3);
+  const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
+  const int64_t inners[] = {1, 1, 1, 2, 7, 9, 49, 64, 121, 128, 196, 225, 256, 511, 1024, 1030};
+  for (int i = 0; i < 600; ++i) {
+    const int64_t inner = inners[below(16)];
+    const int64_t channels = 1 + (below(2) ? below(40) : below(4) ? below(1 + 3000 / inner) : below(1500));
+    const Shape shape{1 + below(std::max<int64_t>(1, 60000 / (channels * inner))), channels, inner};
+    const DType dtype = all_dtypes[below(4)];
+    const Alignment alignment =
+        below(3) == 0 ? Alignment{below(16 / element_size(dtype)), true} : Alignment{0, below(4) != 0};
+    const Device& device = devices[below(4)];
+    const StepPlan plan = plan_step(shape, dtype, alignment, device.limits);
+    report(is_launchable(plan) && covers(plan, shape), "covered once: " + describe(device, shape, dtype, alignment));
+  }
+}
+
+void fills_the_device() {
+  const Shape shapes[] = {{256, 64, 112 * 112}, {256, 256, 56 * 56}, {256, 512, 28 * 28}, {256, 1024, 14 * 14},
+                          {256, 2048, 7 * 7},   {4, 128, 1 << 20},   {64, 3, 224 * 224},  {1, 2, 1 << 24},
+                          {1 << 20, 64, 1},     {1 << 18, 256, 1},   {12544, 2048, 1},    {3211264, 3, 1},
+                          {1 << 24, 1, 1},      {401408, 96, 1},     {401408, 100, 1},    {100352, 1001, 1},
+                          {1024, 384, 35 * 35}, {1024, 192, 17 * 17}};
+  for (const Device& device : devices) {
+    for (const Shape& shape : shapes) {
+      for (const DType dtype : all_dtypes) {
+        const Alignment aligned{0, true};
+        const StepPlan plan = plan_step(shape, dtype, aligned, device.limits);
+        const std::string name = describe(device, shape, dtype, aligned);
+        const int64_t blocks = plan.tiles * plan.splits;
+        report(is_launchable(plan), "launchable: " + name);
+        report(blocks >= 2 * device.limits.multiprocessors, "at least two blocks a multiprocessor: " + name);
+        const int64_t bytes = shape.elements() * element_size(dtype);
+        const int64_t moments = dtype == DType::float64 ? sizeof(Moments<double>) : sizeof(Moments<float>);
+        const int64_t partials = plan.splits > 1 ? shape.channels * plan.splits * moments : 0;
+        report(partials <= bytes / 20, "partial results are few: " + name);
+        if (!plan.rows) {
+          const double idle = 1 - double(plan.column_view.lanes * plan.column_view.tile_vectors) / kBlockThreads;
+          report(idle < 0.3, "few threads are idle: " + name);
+        }
+      }
+    }
+  }
+}
+
+void choices() {
+  const DeviceLimits& h200 = devices[0].limits;
+  const auto plan = [&](Shape shape, DType dtype) { return plan_step(shape, dtype, {0, true}, h200); };
+  report(plan({32, 64, 56 * 56}, DType::bfloat16).rows, "56x56 is long runs");
+  report(!plan({32, 64, 14 * 14}, DType::bfloat16).rows, "14x14 in 16 bits is columns");
+  report(plan({1 << 20, 1, 1}, DType::float32).rows, "a single channel is one run");
+  const StepPlan seven = plan({256, 2048, 49}, DType::bfloat16);
+  report(!seven.rows && seven.column_view.tile_channels == 16, "7x7 in 16 bits: 16 channels end at a sector");
+  const StepPlan image = plan({1 << 20, 3, 1}, DType::bfloat16);
+  report(!image.rows && image.column_view.outer_per_row == 8 && image.column_view.tile_vectors == 3,
+         "three channels: rows of 24 columns");
+  const StepPlan odd = plan({1 << 16, 1001, 1}, DType::bfloat16);
+  report(odd.column_view.phases == 8 && odd.vector == 8, "an odd number of channels keeps its vectors");
+  report(plan_step({32, 64, 56 * 56}, DType::float32, {0, false}, h200).vector == 1,
+         "tensors that share no boundaries go by elements");
+  report(plan({2048, 2048, 1 << 13}, DType::float16).row_view.splits == 1, "enough channels are not split");
+
+  const Shape huge{3, 5, int64_t(1) << 33};
+  const StepPlan large = plan(huge, DType::bfloat16);
+  report(large.row_view.split_vectors * large.splits >= huge.outer * large.row_view.run_vectors && is_launchable(large),
+         "runs of more than 2^31 elements");
+  const Shape tall{int64_t(1) << 34, 8, 1};
+  const StepPlan rows = plan(tall, DType::bfloat16);
+  report(rows.column_view.phase_rows * rows.splits >= tall.outer && is_launchable(rows), "more than 2^31 rows");
+}
+
+void workspace() {
+  for (const Device& device : devices) {
+    alignas(16) static char memory[64];
+    ForwardParams forward{};
+    forward.shape = {32, 64, 56 * 56};
+    forward.dtype = DType::bfloat16;
+    forward.x = memory;
+    forward.y = memory;
+    forward.batch_statistics = true;
+    const ForwardPlan training = plan_forward(forward, device.limits);
+    report(training.coefficients_offset % 256 == 0 &&
+               training.coefficients_offset >= size_t(64 * 16) * training.statistics.splits &&
+               training.workspace_bytes >= training.coefficients_offset + 64 * 12,
+           std::string("forward workspace on ") + device.name);
+    forward.batch_statistics = false;
+    report(plan_forward(forward, device.limits).workspace_bytes == 0, "evaluation needs no workspace");
+    forward.batch_statistics = true;
+    forward.shape.outer = 0;
+    report(plan_forward(forward, device.limits).workspace_bytes == 0, "an empty batch needs no workspace");
+  }
+}
+
+}  // namespace
+
+int main() {
+  coverage();
+  fills_the_device();
+  choices();
+  workspace();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
