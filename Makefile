@@ -59,8 +59,24 @@ test: $(VENV)/installed.stamp
 	BATCHNORM_EXT_BACKEND=prebuilt $(BIN)/pytest tests
 	BATCHNORM_EXT_BACKEND=torch $(BIN)/pytest tests -m "not native"
 
+demo: $(VENV)/installed.stamp
+	$(BIN)/python -m benchmarks.demo
+
+bench: $(VENV)/installed.stamp
+	$(BIN)/python -m benchmarks
+
+emulate:
+	$(MAKE) --no-print-directory -C tests/native emulate
+
 cuda: $(CUDA_VENV)/installed.stamp
 	BATCHNORM_EXT_BACKEND=prebuilt $(CUDA_BIN)/pytest tests -m "not slow"
+
+cuda-check:
+	$(MAKE) --no-print-directory -C tests/native cuda-check PYTHON=$(PYTHON)
+
+# For the interpreter at hand, which must have torch and pytest; no environment and no network.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(OUT)
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

@@ -42,7 +42,16 @@ MAY_IMPORT = {
     "functional": {"autograd", "_operators", "_extension"},
     "modules": {"functional"},
     "convert": {"modules"},
-    "__init__": {"_version", "_extension", "autograd", "functional", "modules", "convert"},
+    "distributed": {"convert", "modules", "functional", "autograd", "_operators", "_reference"},
+    "__init__": {
+        "_version",
+        "_extension",
+        "autograd",
+        "functional",
+        "modules",
+        "convert",
+        "distributed",
+    },
     "__main__": {"_build", "_extension"},
 }
 
