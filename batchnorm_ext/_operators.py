@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ def _register_fakes() -> bool:
     if not _registered:
         torch.library.register_fake("batchnorm_ext::forward", _fake_forward)
         torch.library.register_fake("batchnorm_ext::backward", _fake_backward)
+        torch.library.register_fake("batchnorm_ext::channel_statistics", _fake_channel_statistics)
+        torch.library.register_fake("batchnorm_ext::finalize_statistics", _fake_finalize_statistics)
+        torch.library.register_fake("batchnorm_ext::normalize", _fake_forward)
+        torch.library.register_fake("batchnorm_ext::input_gradient", _fake_input_gradient)
         _registered.append(True)
     return True
 
@@ -57,6 +63,19 @@ def _fake_backward(
     return dx, vector(dweight_dtype), vector(dbias_dtype)
 
 
+def _fake_channel_statistics(input: Tensor) -> Tensor:
+    return input.new_empty(_reference.RECORD_HEADER + 2 * input.size(1), dtype=torch.float64)
+
+
+def _fake_finalize_statistics(records: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    channels = (records.size(1) - _reference.RECORD_HEADER) // 2
+    return records.new_empty(channels), records.new_empty(channels), records.new_empty(1)
+
+
+def _fake_input_gradient(grad_output: Tensor, input: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(_reference.dense(input))
+
+
 def being_traced() -> bool:
     """Return whether a dispatch mode records a program, as make_fx and fake tensors do."""
     modes = torch._C._TorchDispatchModeKey
@@ -71,17 +90,32 @@ def being_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def _as_operator() -> bool:
+    return torch.compiler.is_compiling() or (being_watched() and operators_available())
+
+
 def forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     """The backend's `forward`, as an operator where torch.compile or a dispatch mode is to see it."""
-    if torch.compiler.is_compiling() or (being_watched() and operators_available()):
+    if _as_operator():
         return torch.ops.batchnorm_ext.forward(*arguments)
     return backend().forward(*arguments)
 
 
 def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backend's `backward`, as an operator where torch.compile or a dispatch mode is to see it."""
-    if not (torch.compiler.is_compiling() or (being_watched() and operators_available())):
+    if not _as_operator():
         return backend().backward(*arguments)
-    computed = torch.ops.batchnorm_ext.backward(*arguments)
-    asked_for = (arguments[6], arguments[7] is not None, arguments[8] is not None)
-    return tuple(g if asked else None for g, asked in zip(computed, asked_for, strict=True))
+    dx, dweight, dbias = torch.ops.batchnorm_ext.backward(*arguments)
+    need_dx, dweight_dtype, dbias_dtype = arguments[6:]
+    return (
+        dx if need_dx else None,
+        None if dweight_dtype is None else dweight,
+        None if dbias_dtype is None else dbias,
+    )
+
+
+def steps() -> Any:
+    """What has the backend's steps one by one, as operators where torch.compile or a dispatch mode is to see them."""
+    if torch.compiler.is_compiling() or (being_watched() and operators_available()):
+        return torch.ops.batchnorm_ext
+    return backend()

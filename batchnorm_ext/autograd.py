@@ -81,14 +81,17 @@ class BatchNormFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, inv_std = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], ctx.dweight_dtype, ctx.dbias_dtype)
         if torch.is_grad_enabled() or not is_plain(grad_output):
             computed = differentiable_backward(
-                grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, *wanted
+                grad_output, input, weight, mean, inv_std, ctx.training, ctx.eps, *wanted
             )
         else:
-            computed = _operators.backward(grad_output, *ctx.saved_tensors, ctx.training, *wanted)
+            computed = _operators.backward(
+                grad_output, input, weight, mean, inv_std, ctx.training, *wanted
+            )
         return (*computed, None, None, None, None, None, None, None)
 
 

@@ -57,7 +57,8 @@ def revert_batchnorm(module: _M) -> _M:
     """Undo `convert_batchnorm`: every batch norm of this package in `module` becomes torch's, the same object.
 
     What torch's modules cannot do is given up: a frozen module stays in evaluation mode only until the next
-    ``train()``, with a warning, and `skip_nonfinite` is dropped, with a warning.
+    ``train()``, with a warning, and `skip_nonfinite` is dropped, with a warning. Running statistics take the dtype of
+    the weight.
 
     Parameters
     ----------
@@ -90,6 +91,10 @@ def revert_batchnorm(module: _M) -> _M:
         for attribute in _BatchNorm.__annotations__:
             child.__dict__.pop(attribute, None)
         child.__class__ = _TORCHS[type(child)]
+        if child.weight is not None and child.running_mean is not None:
+            # What `.half()` left in float32 beside the parameters is nothing that torch mixes.
+            child.running_mean = child.running_mean.to(child.weight.dtype)
+            child.running_var = child.running_var.to(child.weight.dtype)
     return module
 
 

@@ -200,9 +200,13 @@ def _torch_batch_norm(
     eps: float,
     skip_nonfinite: bool,
 ) -> Tensor:
-    counted = training and num_batches_tracked is not None
+    if running_mean is not None and running_mean.dtype == torch.float32 != input.dtype:
+        # 16-bit parameters beside float32 statistics, as `.half()` leaves them, are nothing that torch mixes.
+        weight, bias = (
+            p if p is None or p.dtype != input.dtype else p.float() for p in (weight, bias)
+        )
     factor: float = 0.0 if momentum is None else momentum
-    if counted and momentum is None:
+    if training and num_batches_tracked is not None and momentum is None:
         factor = 1.0 / float(num_batches_tracked + 1)
     guarded = [
         (running, running.clone())
@@ -210,7 +214,7 @@ def _torch_batch_norm(
         if skip_nonfinite and training and running is not None
     ]
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    if counted:  # after the call, so that a refused one counts nothing
+    if training and num_batches_tracked is not None:  # last: a refused call counts nothing
         num_batches_tracked.add_(1)
     if guarded:
         finite = torch.stack([running.isfinite() for running, _ in guarded]).all(0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .functional import batch_norm_with_counter
@@ -12,6 +14,7 @@ from .functional import batch_norm_with_counter
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 _Self = TypeVar("_Self", bound="_BatchNorm")
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -47,6 +50,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
+            # A symbolic trace keeps the module whole, as it keeps torch's.
+            return input.tracer.create_proxy(
+                "call_module", input.tracer.path_of_module(self), (input,), {}
+            )
         self._check_input_dim(input)
         try:  # nn.Module finds these only after everything else, which would take longer than the kernel
             parameters, buffers = self._parameters, self._buffers
@@ -136,6 +144,32 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().train(False)
         return super().train(mode)
 
+    def reset_running_stats(self) -> None:
+        """Reset the running statistics, as torch's modules do; a frozen module keeps them."""
+        if not self._frozen:
+            super().reset_running_stats()
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        """Convert or move the module, as `half`, `to` and `cuda` do.
+
+        Running statistics do not become 16-bit: there the small steps of an average round to nothing.
+        """
+        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, wide in before.items():
+            narrow = self._buffers.get(name)
+            if wide is None or narrow is None or wide.dtype in _SIXTEEN_BIT:
+                continue
+            if narrow.dtype in _SIXTEEN_BIT:
+                self._buffers[name] = wide.to(device=narrow.device, dtype=torch.float32)
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            "torch.jit.script cannot compile batchnorm_ext's modules: call batchnorm_ext.revert_batchnorm(model) "
+            "first (the parameters and buffers stay the same), or use torch.jit.trace or torch.export"
+        )
+
     def extra_repr(self) -> str:
         """Return torch's description, and what differs from it."""
         additions = [
@@ -160,6 +194,9 @@ _DIFFERENCES = """
         Leave the running statistics of a channel alone when its batch mean or variance is not finite.
 
     Shape: input and output {shapes}.
+
+    ``half()``, ``bfloat16()`` and ``to`` a 16-bit dtype leave the running statistics in float32; ``dtype=`` above and
+    assignment make them 16-bit.
     """
 
 

@@ -231,7 +231,7 @@ def test_converted_to_another_dtype(rank, dtype, device):
     x = inputs(rank, dtype=dtype, device=device)
     y = ours(x)
     assert y.dtype == dtype
-    assert ours.running_mean.dtype == dtype
+    assert ours.running_mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert ours.num_batches_tracked.dtype == torch.int64
     wide = copy.deepcopy(theirs).double()
     rounding = torch.finfo(dtype).eps
@@ -279,6 +279,70 @@ def test_subclass_of_tensor_still_works():
     torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
     y = module(nn.Parameter(x))
     torch.testing.assert_close(y, expected)
+
+
+class Exponential(nn.Module):
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw.exp()
+
+
+def test_parametrized_weight():
+    results = []
+    x = inputs(2)
+    for module in both(2):
+        nn.utils.parametrize.register_parametrization(module, "weight", Exponential())
+        y = module(x)
+        y.square().sum().backward()
+        results.append((y, [p.grad for p in module.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+
+
+def test_plain_tensors_in_place_of_parameters():
+    results = []
+    x = inputs(2)
+    for module in both(2):
+        weight = module.weight.detach().clone()
+        del module.weight
+        module.weight = (weight * 2).requires_grad_()
+        del module.running_mean
+        module.running_mean = torch.ones(5)
+        y = module(x)
+        results.append(
+            (y, torch.autograd.grad(y.square().sum(), module.weight), module.running_mean)
+        )
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_half_module_where_torchs_operator_serves(training, dtype):
+    """16-bit parameters beside float32 statistics go through transforms and traces as well."""
+    module = both(2)[0].to(dtype).train(training)
+    x = inputs(2, dtype=dtype)
+    expected = copy.deepcopy(module)(x)
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    if not training:
+        stacked = torch.func.vmap(module)(torch.stack([x, x]))
+        torch.testing.assert_close(stacked[1], expected, **close)
+    tangent = torch.func.jvp(copy.deepcopy(module), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent[0], expected, **close)
+    if not training:
+        program = torch.export.export(module, (x,))
+        torch.testing.assert_close(program.module()(x), expected, **close)
+
+
+def test_symbolic_trace_keeps_the_module_whole():
+    """As it keeps torch's, so that tools which look for batch norm in a graph find it."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), batchnorm_ext.BatchNorm2d(5), nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(traced.eval()(x), model.eval()(x))
+
+
+def test_scripting_says_what_to_do_instead():
+    with pytest.raises(NotImplementedError, match="revert_batchnorm"):
+        torch.jit.script(batchnorm_ext.BatchNorm2d(5))
 
 
 @RANKS
