@@ -37,4 +37,31 @@ def fast_path(
     eps: float,
     skip_nonfinite: bool,
 ) -> Tensor | None: ...
+def channel_statistics(input: Tensor) -> Tensor: ...
+def finalize_statistics(
+    records: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def input_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    count: Tensor,
+) -> Tensor: ...
 def build_info() -> dict[str, str]: ...

@@ -90,7 +90,7 @@ def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, (variance + eps).rsqrt()
 
 
-def _update_running_statistics(
+def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
@@ -98,6 +98,7 @@ def _update_running_statistics(
     momentum: float | Tensor,
     skip_nonfinite: bool,
 ) -> None:
+    """Move the running statistics towards the batch's by the share `momentum`, in place."""
     for running, batch in ((running_mean, mean), (running_var, unbiased_variance)):
         updated = running.to(torch.float64) * (1 - momentum) + batch * momentum
         if skip_nonfinite:
@@ -146,7 +147,7 @@ def forward(
         if tracked:
             factor = 1.0 / num_batches_tracked.double() if momentum is None else momentum
             unbiased = variance * samples / (samples - 1) if samples > 1 else variance / 0.0
-            _update_running_statistics(
+            update_running_statistics(
                 running_mean, running_var, mean, unbiased, factor, skip_nonfinite
             )
     elif training:
@@ -227,7 +228,8 @@ def backward(
 
 
 def dense(tensor: Tensor) -> Tensor:
-    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
+    # Dynamo cannot ask; copies of what has gaps then keep the order of its strides instead.
+    if torch.compiler.is_dynamo_compiling() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor
     # torch's own choice for batch norm: the input's suggested memory format.
     return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
@@ -299,9 +301,7 @@ def finalize_statistics(
         # No sample at all has no weight either, and leaves the running statistics alone.
         factor = torch.where(empty, torch.zeros_like(count), factor)
         unbiased = torch.where(empty, 0.0, m2 / (count - 1))
-        _update_running_statistics(
-            running_mean, running_var, mean, unbiased, factor, skip_nonfinite
-        )
+        update_running_statistics(running_mean, running_var, mean, unbiased, factor, skip_nonfinite)
     return mean, m2 / divisor, count
 
 

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _reference
-from ._extension import backend
+from . import _operators, _reference
 from .autograd import is_recomputing
 from .convert import _LAZY, _OURS, _TORCHS
 from .functional import _check_eps, _kernels_apply
@@ -54,13 +53,6 @@ class _DifferentiableSum(torch.autograd.Function):
 # ---- the operation ------------------------------------------------------------------------------
 
 
-def _steps(native: bool) -> Any:
-    """Return what offers the steps one by one: the kernels where they apply, else plain PyTorch on any device."""
-    if not native:
-        return _reference
-    return torch.ops.batchnorm_ext if torch.compiler.is_compiling() else backend()
-
-
 class SyncBatchNormFunction(torch.autograd.Function):
     """Training batch norm over the joint batch of a process group, with first and second derivatives.
 
@@ -91,7 +83,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         ranks: int,
     ) -> Tensor:
         native = _kernels_apply(input, running_mean, running_var, weight, bias, num_batches_tracked)
-        steps = _steps(native)
+        steps = _operators.steps() if native else _reference  # which works on any device
         records = _gather(steps.channel_statistics(input), group, ranks)
         # On the device, so that the host waits for nothing.
         torch._assert_async(
@@ -128,7 +120,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 grad_output, input, weight, count, ctx.eps, need_dx, ctx.group
             )
         else:
-            steps = _steps(ctx.native)
+            steps = _operators.steps() if ctx.native else _reference
             need_sum_dy_xhat = need_dx or ctx.dweight_dtype is not None
             _, sum_dy_xhat, sum_dy = steps.backward(
                 grad_output,

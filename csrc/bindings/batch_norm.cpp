@@ -7,19 +7,6 @@
 #include "bindings/device_call.h"
 
 namespace batchnorm_ext::bindings {
-namespace {
-
-Tensor checked_counter(const OptionalTensor& counter, const Tensor& input) {
-  if (!counter.has_value() || !counter->defined()) return {};
-  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
-              "num_batches_tracked must be one value of type Long, got shape ", counter->sizes(), " of type ",
-              c10::toString(counter->scalar_type()));
-  TORCH_CHECK(counter->device() == input.device(), "num_batches_tracked must be on ", input.device(),
-              " (the device of input), got ", counter->device());
-  return *counter;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight_arg,
                                            const OptionalTensor& bias_arg, const OptionalTensor& running_mean_arg,
@@ -84,22 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
   check_device(grad_output);
   const bool need_x = dweight_dtype.has_value() || (training && need_dx);
   TORCH_CHECK(!need_x || input.has_value(), "input is needed for the gradients asked for");
-  if (need_x) {
-    TORCH_CHECK(input->sizes() == grad_output.sizes(), "grad_output must have the shape of input ", input->sizes(),
-                ", got ", grad_output.sizes());
-    TORCH_CHECK(input->scalar_type() == grad_output.scalar_type(), "grad_output must have the dtype of input, ",
-                c10::toString(input->scalar_type()), ", got ", c10::toString(grad_output.scalar_type()));
-    TORCH_CHECK(input->device() == grad_output.device(), "grad_output must be on ", input->device(),
-                " (the device of input), got ", grad_output.device());
-  }
+  if (need_x) check_gradient_of(grad_output, *input);
   const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
-  const at::ScalarType accumulate = accumulate_type(grad_output.scalar_type());
-  for (const Tensor& saved : {mean, inv_std}) {
-    TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
-                    saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
-                "mean and inv_std must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [",
-                channels, "] on ", grad_output.device());
-  }
+  check_saved(mean, inv_std, grad_output);
 
   const Tensor x = need_x ? dense(*input) : Tensor();
   const Tensor dy = need_x ? dense_as(grad_output, x) : dense(grad_output);

@@ -67,6 +67,16 @@ inline void run(const ForwardParams& params, const at::Tensor& input) {
   cpu::forward(params, torch_executor());
 }
 
+inline void run(const JoinParams& params, const at::Tensor& records) {
+#ifdef BATCHNORM_EXT_WITH_CUDA
+  if (records.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(records.device());
+    return cuda::join_statistics(params, c10::cuda::getCurrentCUDAStream());
+  }
+#endif
+  cpu::join_statistics(params, torch_executor());
+}
+
 inline void run(const BackwardParams& params, const at::Tensor& input) {
 #ifdef BATCHNORM_EXT_WITH_CUDA
   if (input.is_cuda()) return run_on_cuda(params, input, cuda::backward_workspace_bytes, cuda::backward);

@@ -8,6 +8,7 @@
 
 #include "bindings/autograd.h"
 #include "bindings/batch_norm.h"
+#include "bindings/steps.h"
 #include "build_stamp.h"  // written by the build
 #include "cpu/backend.h"
 
@@ -48,6 +49,7 @@ void register_operators() {
     library.impl("forward", torch::dispatch(key, TORCH_FN(forward)));
     library.impl("backward", torch::dispatch(key, TORCH_FN(backward_operator)));
   }
+  register_step_operators();
 }
 
 #define BATCHNORM_EXT_QUOTE_TOKENS(...) #__VA_ARGS__
@@ -93,5 +95,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weight"), py::arg("bias"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
         py::arg("eps"), py::arg("skip_nonfinite"),
         "One whole call with autograd, or None where Python must look closer.");
+  bindings::define_steps(m);
   m.def("build_info", &bindings::build_info, "Versions, architectures and instruction set this module was built for.");
 }

@@ -76,6 +76,37 @@ inline Tensor checked_channel_vector(const char* name, const OptionalTensor& vec
   return *vector;
 }
 
+inline Tensor checked_counter(const OptionalTensor& counter, const Tensor& input) {
+  if (!counter.has_value() || !counter->defined()) return {};
+  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
+              "num_batches_tracked must be one value of type Long, got shape ", counter->sizes(), " of type ",
+              c10::toString(counter->scalar_type()));
+  TORCH_CHECK(counter->device() == input.device(), "num_batches_tracked must be on ", input.device(),
+              " (the device of input), got ", counter->device());
+  return *counter;
+}
+
+inline void check_gradient_of(const Tensor& grad_output, const Tensor& input) {
+  TORCH_CHECK(input.sizes() == grad_output.sizes(), "grad_output must have the shape of input ", input.sizes(),
+              ", got ", grad_output.sizes());
+  TORCH_CHECK(input.scalar_type() == grad_output.scalar_type(), "grad_output must have the dtype of input, ",
+              c10::toString(input.scalar_type()), ", got ", c10::toString(grad_output.scalar_type()));
+  TORCH_CHECK(input.device() == grad_output.device(), "grad_output must be on ", input.device(),
+              " (the device of input), got ", grad_output.device());
+}
+
+// mean and inv_std as forward returned them.
+inline void check_saved(const Tensor& mean, const Tensor& inv_std, const Tensor& grad_output) {
+  const int64_t channels = grad_output.size(1);
+  const at::ScalarType accumulate = accumulate_type(grad_output.scalar_type());
+  for (const Tensor& saved : {mean, inv_std}) {
+    TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
+                    saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
+                "mean and inv_std must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [",
+                channels, "] on ", grad_output.device());
+  }
+}
+
 inline ChannelVector channel_vector(const Tensor& contiguous) {
   if (!contiguous.defined()) return {};
   return {contiguous.const_data_ptr(), dtype_of(contiguous.scalar_type())};

@@ -91,4 +91,19 @@ BN_HOST_DEVICE void update_running_statistics(const RunningStatistics& running, 
   running.variance.store(channel, (1.0 - momentum) * running.variance.load(channel, 0.0) + momentum * unbiased);
 }
 
+// One channel of finalize_statistics over records. Parts without samples do not matter, and a batch of none leaves the
+// running statistics alone.
+BN_HOST_DEVICE void join_channel_statistics(const JoinParams& params, int64_t channel, double momentum) {
+  Moments<double> joined{0.0, 0.0, 0};
+  for (int64_t part = 0; part < params.parts; ++part) {
+    const double* const record = params.records + part * (2 * params.channels + 2);
+    const double* const of_channel = record + 2 + channel;
+    joined = merge(joined, {of_channel[0], of_channel[params.channels], static_cast<int64_t>(record[1])});
+  }
+  params.mean[channel] = joined.mean;
+  params.variance[channel] = joined.count == 0 ? 0.0 : variance_of(joined);
+  if (channel == 0) *params.count = static_cast<double>(joined.count);
+  if (joined.count > 0) update_running_statistics(params.running, channel, joined, momentum);
+}
+
 }  // namespace batchnorm_ext

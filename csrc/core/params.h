@@ -94,6 +94,28 @@ struct ForwardParams {
   bool batch_statistics;
   void* mean;
   void* inv_std;
+  // Not null: the step channel_statistics alone. This batch becomes a record {signature, count, means, m2s} of
+  // 2 * channels + 2 values; y, mean, inv_std and what `running` points to are null.
+  double* record = nullptr;
+  double signature = 0.0;
+};
+
+// The step finalize_statistics of a batch whose parts are known by their records. `parts` rows of records, merged in
+// their order, become mean, variance (biased) and count, and update `running`.
+struct JoinParams {
+  int64_t channels, parts;
+  const double* records;
+  RunningStatistics running;
+  double* mean;
+  double* variance;
+  double* count;
+};
+
+// The sums of gradients of a batch of `count` samples that a call sees a part of.
+struct JoinedSums {
+  const double* sum_dy = nullptr;
+  const double* sum_dy_xhat = nullptr;
+  const double* count = nullptr;
 };
 
 // Gradients of the forward call; null outputs are not computed. x may be null when only dbias, or in evaluation only
@@ -109,6 +131,7 @@ struct BackwardParams {
   const void* inv_std;
   MutableChannelVector dweight, dbias;
   bool batch_statistics;
+  JoinedSums joined;  // not null: the step input_gradient alone, with these sums; dweight and dbias are null
 };
 
 }  // namespace batchnorm_ext

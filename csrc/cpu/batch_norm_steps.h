@@ -264,8 +264,8 @@ template <class E>
 inline void forward(const ForwardParams& params, const Threads& threads) {
   using A = accumulate_t<E>;
   const Shape shape = params.shape;
-  const Blocking blocking =
-      choose_blocking(shape, sizeof(E), {1, params.batch_statistics, true}, Vec<A>::lanes, threads.count);
+  const Blocking blocking = choose_blocking(shape, sizeof(E), {1, params.batch_statistics, params.y != nullptr},
+                                            Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (3 + 3 * sets) * static_cast<int64_t>(sizeof(double)));
   Coefficients<A> coefficients{};
@@ -294,6 +294,11 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
             moments = merge(moments, {moments_of(set).first[c], moments_of(set).second[c], count});
           }
         }
+        if (params.record != nullptr) {
+          params.record[2 + c] = moments.mean;
+          params.record[2 + shape.channels + c] = moments.m2;
+          continue;
+        }
         update_running_statistics(params.running, c, moments, params.running.momentum);
         mean = moments.mean;
         variance = variance_of(moments);
@@ -312,6 +317,7 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
     }
   };
   const auto normalize = [&](Range channels, Range samples) {
+    if (y == nullptr) return;
     map_samples<Normalize>(shape, blocking, Inputs<E>{x, x}, y, channels, samples, coefficients);
   };
   run_steps(shape, blocking, threads, params.batch_statistics, statistics, finalize_statistics, normalize);
@@ -327,12 +333,13 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   E* const dx = static_cast<E*>(params.dx);
   const A* const mean = static_cast<const A*>(params.mean);
   const A* const inv_std = static_cast<const A*>(params.inv_std);
-  const bool wants_dx = dx != nullptr, training = params.batch_statistics;
-  const bool wants_sums = params.dweight.data != nullptr || params.dbias.data != nullptr || (training && wants_dx);
+  const bool wants_dx = dx != nullptr, training = params.batch_statistics, joined = params.joined.count != nullptr;
+  const bool wants_sums =
+      params.dweight.data != nullptr || params.dbias.data != nullptr || (training && wants_dx && !joined);
   if (!wants_sums && !wants_dx) return;
   const bool fused = !training && wants_sums && wants_dx;  // dx does not wait for the sums
 
-  const Traffic traffic{wants_sums && x != dy ? 2 : 1, wants_sums && training && wants_dx, wants_dx};
+  const Traffic traffic{(wants_sums || joined) && x != dy ? 2 : 1, wants_sums && training && wants_dx, wants_dx};
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (4 + 2 * sets) * static_cast<int64_t>(sizeof(double)));
@@ -352,8 +359,9 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     }
   };
   const auto set_coefficients = [&](int64_t c, double sum_dy, double sum_dy_xhat) {
-    const InputGradientCoefficients<A> k = input_gradient_coefficients<A>(
-        mean[c], inv_std[c], params.weight.load(c, A(1)), sum_dy, sum_dy_xhat, shape.samples());
+    const InputGradientCoefficients<A> k =
+        input_gradient_coefficients<A>(mean[c], inv_std[c], params.weight.load(c, A(1)), sum_dy, sum_dy_xhat,
+                                       joined ? static_cast<int64_t>(*params.joined.count) : shape.samples());
     coefficients.of[0][c] = k.mean;
     coefficients.of[1][c] = k.dy_scale;
     coefficients.of[2][c] = k.mean_dy;
@@ -373,7 +381,9 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   const auto finalize = [&](Range channels) {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       double sum_dy = 0.0, sum_dy_xhat = 0.0;
-      if (wants_sums) {
+      if (joined) {
+        sum_dy = params.joined.sum_dy[c], sum_dy_xhat = params.joined.sum_dy_xhat[c];
+      } else if (wants_sums) {
         sum_dy = sum_dys[c], sum_dy_xhat = sum_dy_xs[c];
         for (int64_t set = 1; set < sets; ++set) {
           sum_dy += sum_dys[set * shape.channels + c];

@@ -1,10 +1,12 @@
 // Picks the instruction set at run time, and does what needs no vectors: empty batches, the batch counter, huge pages.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #include "core/formulas.h"
 #include "cpu/backend.h"
+#include "cpu/blocking.h"
 #include "cpu/kernel_table.h"
 
 #if defined(__linux__)
@@ -75,6 +77,10 @@ void forward(const ForwardParams& params, const Executor& executor) {
   if (call.batch_statistics && call.running.num_batches_tracked != nullptr) {
     call.running.momentum = running_momentum(call.running, ++*call.running.num_batches_tracked);
   }
+  if (call.record != nullptr) {
+    call.record[0] = call.signature;
+    call.record[1] = static_cast<double>(call.shape.samples());
+  }
   if (call.shape.elements() == 0) return;
   advise_huge_pages(call.y, call.shape.elements() * element_size(call.dtype));
   chosen().kernels->forward(call, threads_of(executor));
@@ -90,6 +96,21 @@ void backward(const BackwardParams& params, const Executor& executor) {
   }
   advise_huge_pages(params.dx, params.shape.elements() * element_size(params.dtype));
   chosen().kernels->backward(params, threads_of(executor));
+}
+
+void join_statistics(const JoinParams& params, const Executor& executor) {
+  double momentum = params.running.momentum;
+  if (params.running.num_batches_tracked != nullptr) {
+    momentum = running_momentum(params.running, ++*params.running.num_batches_tracked);
+  }
+  constexpr int64_t merges_per_task = 4096;
+  const int64_t tasks = std::clamp<int64_t>(params.channels * params.parts / merges_per_task, 1, executor.threads);
+  executor.run(tasks, [&](int64_t task) {
+    const Range own = split(params.channels, 64, tasks, task);
+    for (int64_t channel = own.begin; channel < own.end; ++channel) {
+      join_channel_statistics(params, channel, momentum);
+    }
+  });
 }
 
 }  // namespace batchnorm_ext::cpu

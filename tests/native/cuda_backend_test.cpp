@@ -359,6 +359,107 @@ void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, 
   }
 }
 
+// A training call as SyncBatchNorm makes it: the batch in two parts, joined between the steps.
+void run_in_steps(const Case& c, Tensors& t) {
+  const int64_t channels = c.shape.channels, parts = 2;
+  const int64_t outer_of_first = c.shape.outer / 3;
+  std::vector<double> records(parts * (2 * channels + 2)), mean(channels), variance(channels);
+  std::vector<double> sums(2 * channels, 0.0), dbias(channels), dweight(channels);
+  double count = -1;
+  const auto each_part = [&](const auto& action) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part == 0 ? 0 : outer_of_first, end = part == 0 ? outer_of_first : c.shape.outer;
+      Case own = c;
+      own.shape.outer = end - begin;
+      if (own.shape.outer == 0) own.shape.inner = 1;
+      action(part, own, begin * channels * c.shape.inner * element_size(c.dtype));
+    }
+  };
+  const auto at = [](const void* data, int64_t bytes) {
+    return const_cast<char*>(static_cast<const char*>(data) + bytes);
+  };
+
+  each_part([&](int64_t part, const Case& own, int64_t offset) {
+    double* const record = records.data() + part * (2 * channels + 2);
+    if (own.shape.elements() == 0) return;
+    ForwardParams p{};
+    p.shape = own.shape;
+    p.dtype = c.dtype;
+    p.x = at(t.x.data(), offset);
+    p.batch_statistics = true;
+    p.record = record;
+    p.signature = 17;
+    run(own, p);
+    if (record[0] != 17) throw std::runtime_error("the record has no signature");
+  });
+  JoinParams join{};
+  join.channels = channels;
+  join.parts = parts;
+  join.records = records.data();
+  join.running = forward_params(c, t).running;
+  join.mean = mean.data();
+  join.variance = variance.data();
+  join.count = &count;
+  cuda::join_statistics(join, nullptr);
+  if (count != static_cast<double>(c.shape.samples())) throw std::runtime_error("wrong count of samples");
+
+  each_part([&](int64_t, const Case& own, int64_t offset) {
+    ForwardParams p = forward_params(c, t);
+    p.shape = own.shape;
+    p.x = at(p.x, offset);
+    p.y = at(p.y, offset);
+    p.running = {};
+    p.running.mean = {mean.data(), DType::float64};
+    p.running.variance = {variance.data(), DType::float64};
+    p.batch_statistics = false;
+    run(own, p);
+  });
+  each_part([&](int64_t, const Case& own, int64_t offset) {
+    BackwardParams p = backward_params(c, t, false, false, false);
+    p.shape = own.shape;
+    p.dy = at(p.dy, offset);
+    p.x = at(t.x.data(), offset);
+    p.dweight = {dweight.data(), DType::float64};
+    p.dbias = {dbias.data(), DType::float64};
+    run(own, p);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      sums[channel] += dbias[channel];
+      sums[channels + channel] += dweight[channel];
+    }
+  });
+  each_part([&](int64_t, const Case& own, int64_t offset) {
+    BackwardParams p = backward_params(c, t, true, false, false);
+    p.shape = own.shape;
+    p.dy = at(p.dy, offset);
+    p.x = at(p.x, offset);
+    p.dx = at(p.dx, offset);
+    p.joined = {sums.data(), sums.data() + channels, &count};
+    run(own, p);
+  });
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    t.dbias.set(channel, sums[channel]);
+    t.dweight.set(channel, sums[channels + channel]);
+  }
+}
+
+void check_in_steps(const Case& c) {
+  const std::string name = c.name + " " + name_of(c.dtype) + " in steps";
+  try {
+    Comparison compare;
+    for (const emulation::Order order : {emulation::Order::ascending, emulation::Order::shuffled}) {
+      emulation::settings.order = order;
+      const Tensors before = inputs(c);
+      Tensors after = before;
+      run_in_steps(c, after);
+      compare_forward(c, before, after, compare);
+      compare_backward(c, before, after, true, true, true, compare);
+    }
+    report(compare.why().empty(), name, compare.why());
+  } catch (const std::exception& error) {
+    report(false, name, error.what());
+  }
+}
+
 const std::vector<Gradients> all_subsets = {{true, true, true},   {true, true, false}, {true, false, true},
                                             {true, false, false}, {false, true, true}, {false, true, false},
                                             {false, false, true}};
@@ -588,6 +689,24 @@ void failures() {
   }
 }
 
+void joined() {
+  for (const DType dtype : all_dtypes) {
+    for (const Shape shape :
+         {Shape{12, 6, 37}, Shape{7, 2, 1500}, Shape{130, 40, 1}, Shape{9, 5, 3}, Shape{2, 3, 50}}) {
+      check_in_steps({"joined batch", shape, dtype});
+    }
+  }
+  Case cumulative{"joined batch, cumulative momentum", {12, 6, 37}, DType::float32};
+  cumulative.cumulative = true;
+  check_in_steps(cumulative);
+  Case bare{"joined batch, no affine, no running statistics", {12, 6, 37}, DType::bfloat16};
+  bare.affine = bare.running = false;
+  check_in_steps(bare);
+  Case far{"joined batch, large mean", {12, 6, 37}, DType::float32};
+  far.mean = 1e4;
+  check_in_steps(far);
+}
+
 }  // namespace
 
 int main() {
@@ -599,6 +718,7 @@ int main() {
   alignments();
   numerics();
   nonfinite();
+  joined();
   const cuda::DeviceLimits limits = cuda::device_limits(0);
   report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.clusters, "device limits");
   std::printf("%d passed, %d failed\n", passed, failed);

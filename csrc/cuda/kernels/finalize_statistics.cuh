@@ -55,6 +55,8 @@ struct FinalizeStatistics {
   A* mean;
   A* inv_std;
   NormalizeCoefficients<A>* coefficients;
+  double* record;  // not null: where the moments go, and nothing else is written
+  double signature;
 
   // Called by whole warps; `moments` are around the channel's pivot and matter in active threads only.
   __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active) const {
@@ -69,6 +71,15 @@ struct FinalizeStatistics {
       }
     }
     if (!active) return;
+    if (record != nullptr) {
+      if (channel == 0) {
+        record[0] = signature;
+        record[1] = static_cast<double>(moments.count);
+      }
+      record[2 + channel] = moments.mean;
+      record[2 + shape.channels + channel] = moments.m2;
+      return;
+    }
     const double channel_inv_std = inverse_std(variance_of(moments), eps);
     mean[channel] = static_cast<A>(moments.mean);
     inv_std[channel] = static_cast<A>(channel_inv_std);

@@ -34,18 +34,29 @@ struct FinalizeGradients {
   const A* inv_std;
   MutableChannelVector dweight, dbias;
   InputGradientCoefficients<A>* coefficients;  // null when no input gradient follows
+  JoinedSums joined;                           // not null: the sums that the input gradient follows from
 
   __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums) const {
+    if (joined.count != nullptr) {
+      set_coefficients(channel, joined.sum_dy[channel], joined.sum_dy_xhat[channel],
+                       static_cast<int64_t>(*joined.count));
+      return;
+    }
     const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(inv_std[channel]);
     dweight.store(channel, sum_dy_xhat);
     dbias.store(channel, sums.sum_dy);
-    if (coefficients == nullptr) return;
+    if (coefficients != nullptr) set_coefficients(channel, sums.sum_dy, sum_dy_xhat, shape.samples());
+  }
+
+  __device__ __forceinline__ void set_coefficients(int64_t channel, double sum_dy, double sum_dy_xhat,
+                                                   int64_t samples) const {
     coefficients[channel] = input_gradient_coefficients<A>(mean[channel], inv_std[channel], weight.load(channel, A(1)),
-                                                           sums.sum_dy, sum_dy_xhat, shape.samples());
+                                                           sum_dy, sum_dy_xhat, samples);
   }
 };
 
-// One warp for each channel: adds its splits' sums, partials[channel][split], in double. No splits: an empty batch.
+// One warp for each channel: adds its splits' sums, partials[channel][split], in double. No splits: an empty batch,
+// or joined sums.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     finalize_gradients(const FinalizeGradients<T> finalize, const GradientPartial<accumulate_t<T>>* partials,

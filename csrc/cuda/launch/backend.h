@@ -20,5 +20,6 @@ size_t backward_workspace_bytes(const BackwardParams& params, const DeviceLimits
 // Throws std::runtime_error, naming the step, when a launch fails.
 void forward(const ForwardParams& params, const DeviceLimits& limits, void* workspace, cudaStream_t stream);
 void backward(const BackwardParams& params, const DeviceLimits& limits, void* workspace, cudaStream_t stream);
+void join_statistics(const JoinParams& params, cudaStream_t stream);
 
 }  // namespace batchnorm_ext::cuda

@@ -29,7 +29,8 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
                                       inv_std,
                                       params.dweight,
                                       params.dbias,
-                                      input_gradient_follows ? coefficients : nullptr};
+                                      input_gradient_follows ? coefficients : nullptr,
+                                      params.joined};
   auto* const partials = static_cast<GradientPartial<A>*>(workspace);
   const int64_t splits = plan.sums.splits;
 
@@ -58,6 +59,10 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
     }
   }
   if (!plan.needs_input_gradient) return;
+  if (params.joined.count != nullptr) {
+    launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
+                    partials, 0);
+  }
   if (params.batch_statistics) {
     launch_pointwise("input_gradient", plan.input_gradient, InputGradient<T>{{dy, x}, dx, reuse, coefficients}, stream);
   } else {

@@ -30,8 +30,8 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
     auto* const partials = static_cast<Moments<A>*>(workspace);
     coefficients =
         reinterpret_cast<NormalizeCoefficients<A>*>(static_cast<char*>(workspace) + plan.coefficients_offset);
-    const FinalizeStatistics<T> finalize{shape,      x,    params.weight, params.bias, params.running,
-                                         params.eps, mean, inv_std,       coefficients};
+    const FinalizeStatistics<T> finalize{shape, x,       params.weight, params.bias,   params.running,  params.eps,
+                                         mean,  inv_std, coefficients,  params.record, params.signature};
     const int64_t splits = plan.statistics.splits;
     const ChannelStatistics<T> statistics{x, partials, splits, finalize};
     launch_reduce<T, true>("channel_statistics", plan.statistics, statistics, stream);
@@ -40,6 +40,8 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
                       partials, splits);
     }
   }
+
+  if (params.record != nullptr) return;
 
   const Normalize<T> normalize{{x},
                                static_cast<T*>(params.y),

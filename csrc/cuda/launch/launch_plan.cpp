@@ -161,7 +161,8 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   const Shape& shape = params.shape;
   if (shape.elements() == 0) return plan;
   const bool dx = params.dx != nullptr;
-  plan.needs_sums = params.dweight.data != nullptr || params.dbias.data != nullptr || (dx && params.batch_statistics);
+  plan.needs_sums = params.dweight.data != nullptr || params.dbias.data != nullptr ||
+                    (dx && params.batch_statistics && params.joined.count == nullptr);
   plan.needs_input_gradient = dx && (params.batch_statistics || !plan.needs_sums);
   if (plan.needs_sums) {
     const void* const written = plan.needs_input_gradient ? nullptr : params.dx;

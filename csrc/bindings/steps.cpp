@@ -1,0 +1,203 @@
+// The steps of batch norm one by one: arguments checked, one call of the device's backend for each.
+#include "bindings/steps.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "bindings/device_call.h"
+
+namespace batchnorm_ext::bindings {
+namespace {
+
+constexpr int64_t record_header = 2;
+
+void check_float64(const char* name, const Tensor& vector, int64_t values, const Tensor& input) {
+  TORCH_CHECK(vector.scalar_type() == at::kDouble && vector.numel() == values && vector.is_contiguous() &&
+                  vector.device() == input.device(),
+              name, " must be ", values, " contiguous Double values on ", input.device(), ", got shape ",
+              vector.sizes(), " of type ", c10::toString(vector.scalar_type()), " on ", vector.device());
+}
+
+Tensor checked_running_vector(const char* name, const OptionalTensor& vector, int64_t channels, const Tensor& records) {
+  if (!vector.has_value() || !vector->defined()) return {};
+  TORCH_CHECK(vector->dim() == 1 && vector->numel() == channels, name, " should contain ", channels, " elements not ",
+              vector->numel());
+  TORCH_CHECK(vector->device() == records.device(), name, " must be on ", records.device(), ", got ", vector->device());
+  return *vector;
+}
+
+}  // namespace
+
+Tensor channel_statistics(const Tensor& input) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  constexpr int64_t dtypes = 4;
+  const int64_t channels = channels_of(input);
+  const DType dtype = dtype_of(input.scalar_type());
+  check_device(input);
+  const double signature = static_cast<double>(channels * dtypes + static_cast<int64_t>(dtype));
+  const auto options = input.options().dtype(at::kDouble);
+  const Tensor x = dense(input);
+  if (x.numel() == 0) {
+    const Tensor record = at::zeros({record_header + 2 * channels}, options);
+    record.select(0, 0).fill_(signature);
+    return record;
+  }
+  const Tensor record = at::empty({record_header + 2 * channels}, options);
+  ForwardParams params{};
+  params.shape = shape_of(x);
+  params.dtype = dtype;
+  params.x = x.const_data_ptr();
+  params.batch_statistics = true;
+  params.record = record.mutable_data_ptr<double>();
+  params.signature = signature;
+  run(params, x);
+  return record;
+}
+
+std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, const OptionalTensor& running_mean_arg,
+                                                       const OptionalTensor& running_var_arg,
+                                                       const OptionalTensor& counter_arg,
+                                                       std::optional<double> momentum, bool skip_nonfinite) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  check_device(records);
+  TORCH_CHECK(records.dim() == 2 && records.size(1) >= record_header && records.size(1) % 2 == 0,
+              "records must have one row {signature, count, means, m2s} for each part of the batch, got shape ",
+              records.sizes());
+  check_float64("records", records, records.numel(), records);
+  const int64_t channels = (records.size(1) - record_header) / 2;
+  const UpdatedBuffer running_mean(checked_running_vector("running_mean", running_mean_arg, channels, records));
+  const UpdatedBuffer running_var(checked_running_vector("running_var", running_var_arg, channels, records));
+  const Tensor counter = checked_counter(counter_arg, records);
+  TORCH_CHECK(momentum.has_value() || !running_mean.compact().defined() || counter.defined(),
+              "momentum=None needs num_batches_tracked");
+
+  const Tensor mean = at::empty({channels}, records.options());
+  const Tensor variance = at::empty({channels}, records.options());
+  const Tensor count = at::empty({1}, records.options());
+  JoinParams params;
+  params.channels = channels;
+  params.parts = records.size(0);
+  params.records = records.const_data_ptr<double>();
+  params.running.mean = mutable_channel_vector(running_mean.compact());
+  params.running.variance = mutable_channel_vector(running_var.compact());
+  params.running.num_batches_tracked = counter.defined() ? counter.mutable_data_ptr<int64_t>() : nullptr;
+  params.running.momentum = momentum.value_or(0.0);
+  params.running.cumulative = !momentum.has_value();
+  params.running.skip_nonfinite = skip_nonfinite;
+  params.mean = mean.mutable_data_ptr<double>();
+  params.variance = variance.mutable_data_ptr<double>();
+  params.count = count.mutable_data_ptr<double>();
+  run(params, records);
+  running_mean.publish();
+  running_var.publish();
+  UpdatedBuffer(counter).publish();
+  return {mean, variance, count};
+}
+
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight_arg,
+                                             const OptionalTensor& bias_arg, const Tensor& joined_mean,
+                                             const Tensor& joined_variance, double eps) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t channels = channels_of(input);
+  const DType dtype = dtype_of(input.scalar_type());
+  check_device(input);
+  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, input));
+  const Tensor bias = contiguous_or_undefined(checked_channel_vector("bias", bias_arg, input));
+  check_float64("mean", joined_mean, channels, input);
+  check_float64("variance", joined_variance, channels, input);
+
+  const Tensor x = dense(input);
+  const Tensor y = at::empty_like(x);
+  const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
+  const Tensor mean = at::empty({channels}, statistics);
+  const Tensor inv_std = at::empty({channels}, statistics);
+  ForwardParams params{};
+  params.shape = shape_of(x);
+  params.dtype = dtype;
+  params.x = x.const_data_ptr();
+  params.y = y.mutable_data_ptr();
+  params.weight = channel_vector(weight);
+  params.bias = channel_vector(bias);
+  params.running.mean = {const_cast<void*>(joined_mean.const_data_ptr()), DType::float64};
+  params.running.variance = {const_cast<void*>(joined_variance.const_data_ptr()), DType::float64};
+  params.eps = eps;
+  params.batch_statistics = false;
+  params.mean = mean.mutable_data_ptr();
+  params.inv_std = inv_std.mutable_data_ptr();
+  run(params, x);
+  return {y, mean, inv_std};
+}
+
+Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_arg,
+                      const Tensor& mean, const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
+                      const Tensor& count) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t channels = channels_of(grad_output);
+  const DType dtype = dtype_of(grad_output.scalar_type());
+  check_device(grad_output);
+  check_gradient_of(grad_output, input);
+  check_saved(mean, inv_std, grad_output);
+  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
+  check_float64("sum_dy", sum_dy, channels, grad_output);
+  check_float64("sum_dy_xhat", sum_dy_xhat, channels, grad_output);
+  check_float64("count", count, 1, grad_output);
+
+  const Tensor x = dense(input);
+  const Tensor dy = dense_as(grad_output, x);
+  const Tensor dx = at::empty_like(dy);
+  BackwardParams params{};
+  params.shape = shape_of(dy);
+  params.dtype = dtype;
+  params.dy = dy.const_data_ptr();
+  params.x = x.const_data_ptr();
+  params.dx = dx.mutable_data_ptr();
+  params.weight = channel_vector(weight);
+  params.mean = mean.const_data_ptr();
+  params.inv_std = inv_std.const_data_ptr();
+  params.batch_statistics = true;
+  params.joined = {sum_dy.const_data_ptr<double>(), sum_dy_xhat.const_data_ptr<double>(),
+                   count.const_data_ptr<double>()};
+  run(params, dy);
+  return dx;
+}
+
+void define_steps(pybind11::module_& module) {
+  namespace py = pybind11;
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  module.def("channel_statistics", &channel_statistics, py::arg("input"), without_gil,
+             "A part of a batch as a record, float64: signature, count, means, m2s.");
+  module.def("finalize_statistics", &finalize_statistics, py::arg("records"), py::arg("running_mean"),
+             py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("skip_nonfinite"),
+             without_gil,
+             "Merge records in their order; update the running statistics. Returns (mean, variance, count).");
+  module.def("normalize", &normalize, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"),
+             py::arg("variance"), py::arg("eps"), without_gil,
+             "Normalise with float64 statistics. Returns (output, mean, inv_std).");
+  module.def("input_gradient", &input_gradient, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
+             py::arg("mean"), py::arg("inv_std"), py::arg("sum_dy"), py::arg("sum_dy_xhat"), py::arg("count"),
+             without_gil, "dx, for sums over a batch of `count` samples that input is a part of.");
+}
+
+void register_step_operators() {
+  static torch::Library library(torch::Library::FRAGMENT, "batchnorm_ext", std::nullopt, __FILE__, __LINE__);
+  library.def("channel_statistics(Tensor input) -> Tensor");
+  library.def(
+      "finalize_statistics(Tensor records, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, bool skip_nonfinite) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "normalize(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "input_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor inv_std, Tensor sum_dy, "
+      "Tensor sum_dy_xhat, Tensor count) -> Tensor");
+  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) {
+    library.impl("channel_statistics", torch::dispatch(key, TORCH_FN(channel_statistics)));
+    library.impl("finalize_statistics", torch::dispatch(key, TORCH_FN(finalize_statistics)));
+    library.impl("normalize", torch::dispatch(key, TORCH_FN(normalize)));
+    library.impl("input_gradient", torch::dispatch(key, TORCH_FN(input_gradient)));
+  }
+}
+
+}  // namespace batchnorm_ext::bindings

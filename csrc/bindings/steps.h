@@ -1,0 +1,37 @@
+// The steps of batch norm one by one on tensors, for callers that exchange sums between them.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/tensors.h"
+
+namespace batchnorm_ext::bindings {
+
+// This process's part of a batch as a record: float64 {signature, count, means, m2s}. The signature stands for the
+// number of channels and the dtype.
+Tensor channel_statistics(const Tensor& input);
+
+// Merges the rows of `records` in their order and updates the running statistics. Returns float64 (mean, variance,
+// count).
+std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, const OptionalTensor& running_mean,
+                                                       const OptionalTensor& running_var,
+                                                       const OptionalTensor& num_batches_tracked,
+                                                       std::optional<double> momentum, bool skip_nonfinite);
+
+// Normalises input with float64 mean and variance. Returns (output, mean, inv_std).
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const Tensor& mean, const Tensor& variance,
+                                             double eps);
+
+// dx, for float64 sums over the `count` samples of the batch that input is a part of. gradient_sums is `backward`
+// without dx.
+Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& mean,
+                      const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& count);
+
+void define_steps(pybind11::module_& module);
+void register_step_operators();
+
+}  // namespace batchnorm_ext::bindings
