@@ -27,14 +27,24 @@ def memory_cases(device: str) -> list[Case]:
     return [*cases, replace(cases[0], dtype="bfloat16"), Case("memory/1d", (batch, 512, 2000))]
 
 
+# How the layer is used: trained; evaluated with frozen parameters, as in fine-tuning, where only
+# the gradient of the input is asked for; trained on an input of which every other element is a gap.
+MODES = ("training", "frozen", "strided")
+
+
 def memory_tasks(device: str) -> list[Task]:
+    cases = memory_cases(device)
+    uses = [(case, "training") for case in cases] + [(cases[0], mode) for mode in MODES[1:]]
     return [
-        Task(f"memory {case}", lambda session, _, case=case: measure_memory(session, case))
-        for case in memory_cases(device)
+        Task(
+            f"memory {case} {mode}",
+            lambda session, _, case=case, mode=mode: measure_memory(session, case, mode),
+        )
+        for case, mode in uses
     ]
 
 
-def measure_memory(session: Session, case: Case) -> None:
+def measure_memory(session: Session, case: Case, mode: str) -> None:
     """Record saved and peak bytes of every contender that is a module."""
     for name, contender in session.contenders.items():
         if not isinstance(contender, ModuleOps):
@@ -44,8 +54,13 @@ def measure_memory(session: Session, case: Case) -> None:
             module = contender.module(problem)
         except NotApplicable:
             continue
-        x, dy = problem.x[0].requires_grad_(), problem.dy[0]
-        wanted = (x, *module.parameters())
+        x, dy = problem.x[0], problem.dy[0]
+        if mode == "strided":
+            x = torch.stack([x, x], -1)[..., 0]
+        x.requires_grad_()
+        module.train(mode != "frozen").requires_grad_(mode != "frozen")
+        wanted = (x, *(one for one in module.parameters() if one.requires_grad))
+        keep = tuple(module.parameters())
 
         def step(module: Any = module, wanted: Any = wanted, dy: Tensor = dy) -> None:
             torch.autograd.grad(module(wanted[0]), wanted, dy)
@@ -57,9 +72,10 @@ def measure_memory(session: Session, case: Case) -> None:
                 "shape": list(case.shape),
                 "dtype": case.dtype,
                 "layout": case.layout,
+                "mode": mode,
                 "contender": name,
                 "input_bytes": case.bytes,
-                "saved_bytes": saved_bytes(lambda module=module, x=x: module(x), wanted[1:]),
+                "saved_bytes": saved_bytes(lambda module=module, x=x: module(x), keep),
                 "peak_bytes": peak_bytes(step, session.device),
             }
         )

@@ -99,12 +99,22 @@ def _bandwidth(row: Row) -> float:
     return row["bytes_min"] / (row["median_us"] * 1e-6)
 
 
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, below them."""
+    found: dict[str, Any] = {}
+    for axis in figure.axes:
+        found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=6, fontsize=8)
+
+
 def time_over_bytes(record: Record) -> Figure | None:
     """Time against least bytes for each op, with the roofline of the fastest measured copy."""
     ops = [op for op in MARKERS if _rows(record, OURS, op)]
     if not ops:
         return None
-    figure, axes = plt.subplots(1, len(ops), figsize=(4.2 * len(ops), 3.8), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ops), figsize=(4.2 * len(ops), 3.8), squeeze=False, layout="constrained"
+    )
     for op, axis in zip(ops, axes[0], strict=True):
         for name in _contenders(record):
             rows = _rows(record, name, op)
@@ -121,8 +131,7 @@ def time_over_bytes(record: Record) -> Figure | None:
         _roofline(record, axis, op)
         axis.set(xscale="log", yscale="log", title=op, xlabel="least bytes moved, MB")
     axes[0][0].set_ylabel("time, µs")
-    axes[0][-1].legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
+    _legend(figure)
     return figure
 
 
@@ -161,7 +170,9 @@ def speedup_bars(record: Record) -> Figure | None:
     peers = [name for name in _contenders(record) if name not in (OURS, FLOOR)]
     if not ops or not peers:
         return None
-    figure, axes = plt.subplots(1, len(ops), figsize=(4.6 * len(ops), 4.8), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ops), figsize=(4.6 * len(ops), 4.8), squeeze=False, layout="constrained"
+    )
     for op, axis in zip(ops, axes[0], strict=True):
         chosen = _chosen(_rows(record, OURS, op))
         thickness = 0.8 / len(peers)
@@ -188,8 +199,7 @@ def speedup_bars(record: Record) -> Figure | None:
         axis.set_yticks(range(len(chosen)), [_label(row) for row in chosen], fontsize=7)
         axis.set(title=op, xlabel="times faster (right of the line: batchnorm_ext wins)")
         axis.xaxis.label.set_size(8)
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    _legend(figure)
     return figure
 
 
@@ -198,7 +208,9 @@ def bandwidth_share(record: Record) -> Figure | None:
     ops = [op for op in MARKERS if _rows(record, OURS, op)]
     if not ops or not _rows(record, FLOOR):
         return None
-    figure, axes = plt.subplots(1, len(ops), figsize=(4.2 * len(ops), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ops), figsize=(4.2 * len(ops), 3.6), squeeze=False, layout="constrained"
+    )
     for op, axis in zip(ops, axes[0], strict=True):
         for name in _contenders(record):
             rows = [row for row in _rows(record, name, op) if row["floor_us"]]
@@ -215,8 +227,7 @@ def bandwidth_share(record: Record) -> Figure | None:
         axis.axhline(100, color=INK, linewidth=1)
         axis.set(xscale="log", title=op, xlabel="least bytes moved, MB", ylim=(0, None))
     axes[0][0].set_ylabel("share of the floor's bandwidth, %")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    _legend(figure)
     return figure
 
 
@@ -225,7 +236,9 @@ def accuracy_curves(record: Record) -> Figure | None:
     if not record.accuracy:
         return None
     shown = ("variance", "y", "dx")
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), sharey=True)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4.2 * len(shown), 3.6), sharey=True, layout="constrained"
+    )
     smallest = 1e-9
     for quantity, axis in zip(shown, axes, strict=True):
         for name in CONTENDERS:
@@ -242,28 +255,33 @@ def accuracy_curves(record: Record) -> Figure | None:
         axis.set_xscale("symlog", linthresh=1)
         axis.set(yscale="log", title=quantity, xlabel="mean / std of the data")
     axes[0].set_ylabel("relative error against float64")
-    axes[-1].legend(fontsize=8)
-    figure.tight_layout()
+    _legend(figure)
     return figure
+
+
+def _use(entry: dict[str, Any]) -> str:
+    return _label(entry) + (f", {entry['mode']}" if entry["mode"] != "training" else "")
 
 
 def memory_bars(record: Record) -> Figure | None:
     """Saved and peak bytes as multiples of the input."""
     if not record.memory:
         return None
-    cases = list(dict.fromkeys(_label(entry) for entry in record.memory))
+    cases = list(dict.fromkeys(_use(entry) for entry in record.memory))
     present = {entry["contender"] for entry in record.memory}
     names = [name for name in CONTENDERS if name in present]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     thickness = 0.8 / len(names)
     for quantity, axis in zip(("saved_bytes", "peak_bytes"), axes, strict=True):
         for index, name in enumerate(names):
             entries: list[dict[str, Any]] = [
-                entry for entry in record.memory if entry["contender"] == name and entry[quantity]
+                entry
+                for entry in record.memory
+                if entry["contender"] == name and entry[quantity] is not None
             ]
             axis.barh(
                 [
-                    cases.index(_label(entry)) + (index - (len(names) - 1) / 2) * thickness
+                    cases.index(_use(entry)) + (index - (len(names) - 1) / 2) * thickness
                     for entry in entries
                 ],
                 [entry[quantity] / entry["input_bytes"] for entry in entries],
@@ -274,6 +292,5 @@ def memory_bars(record: Record) -> Figure | None:
         axis.set_yticks(range(len(cases)), cases, fontsize=8)
         title = {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}[quantity]
         axis.set(title=title, xlabel="multiples of the input")
-    axes[1].legend(fontsize=8)
-    figure.tight_layout()
+    _legend(figure)
     return figure

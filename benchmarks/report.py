@@ -315,6 +315,7 @@ def _memory(record: Record) -> str:
             "x".join(map(str, entry["shape"])),
             entry["dtype"],
             entry["layout"],
+            entry["mode"],
             entry["contender"],
             f"{entry['input_bytes'] / 1e6:.1f}",
             f"{entry['saved_bytes'] / entry['input_bytes']:.2f}",
@@ -322,7 +323,16 @@ def _memory(record: Record) -> str:
         ]
         for entry in record.memory
     ]
-    header = ["shape", "dtype", "layout", "contender", "input MB", "saved / input", "peak / input"]
+    header = [
+        "shape",
+        "dtype",
+        "layout",
+        "use",
+        "contender",
+        "input MB",
+        "saved / input",
+        "peak / input",
+    ]
     note = (
         "Kept for backward, parameters aside, and the most that a forward and backward pass holds "
         "beside x and dy."

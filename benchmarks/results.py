@@ -62,7 +62,7 @@ IDENTITY = ("device", "case", "shape", "dtype", "layout", "op", "cache", "thread
 # Sections that are not timings, and what identifies an entry.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "rows": IDENTITY,
-    "memory": ("case", "shape", "dtype", "layout", "contender"),
+    "memory": ("case", "shape", "dtype", "layout", "mode", "contender"),
     "accuracy": ("contender", "mean_over_std", "dtype"),
     "excluded": ("contender", "case", "op", "reason"),
     "missing": ("contender",),

@@ -17,6 +17,7 @@ Sampler = Callable[[], float]
 
 BEST_OF = 3
 CPU_BLOCK_S = 1e-4
+SLOW_CALL_S = 0.2
 CUDA_GRAPH_S = 1e-3
 MAX_GRAPH_CALLS = 200
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -67,7 +68,8 @@ def cpu_sampler(call: Call, buffers: int) -> Sampler:
     block(1)
     one_pass = block(1) * buffers
     passes = max(1, round(CPU_BLOCK_S / one_pass))
-    return lambda: min(block(passes) for _ in range(BEST_OF))
+    repeats = BEST_OF if one_pass < SLOW_CALL_S else 1
+    return lambda: min(block(passes) for _ in range(repeats))
 
 
 def cuda_sampler(call: Call, buffers: int) -> Sampler:

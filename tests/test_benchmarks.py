@@ -471,7 +471,13 @@ def test_plots_are_drawn_for_what_was_measured(tmp_path: Path) -> None:
     record.memory.append(
         {
             **{"case": "memory/x", "shape": [2, 3], "dtype": "float32", "layout": "contiguous"},
-            **{"contender": "torch_eager", "input_bytes": 24, "saved_bytes": 24, "peak_bytes": 72},
+            **{
+                "mode": "training",
+                "contender": "torch_eager",
+                "input_bytes": 24,
+                "saved_bytes": 24,
+                "peak_bytes": 72,
+            },
         }
     )
     names = {path.name for path in draw_all(record, tmp_path)}
