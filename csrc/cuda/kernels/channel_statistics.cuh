@@ -10,8 +10,9 @@
 
 namespace batchnorm_ext::cuda {
 
-template <class T>
+template <class T_>
 struct ChannelStatistics {
+  using T = T_;
   using A = accumulate_t<T>;
   using Item = Moments<A>;  // around the channel's pivot
   static constexpr int kUnroll = 4;
@@ -25,15 +26,15 @@ struct ChannelStatistics {
   // follows even where the channel's first element is not, so the squares carry no large offset.
   struct Accumulator {
     A pivot, sum, squares;
-    bool started;
   };
 
   __device__ __forceinline__ Accumulator begin(int64_t channel) const {
-    return {channel_pivot(x, finalize.shape, channel), A(0), A(0), false};
+    return {channel_pivot(x, finalize.shape, channel), A(0), A(0)};
   }
 
   template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll]) const {
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll],
+                                             bool first) const {
     Pack<T, kVector> packs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) load<kWhole, Reuse::soon>(packs[u], x, slots[u]);
@@ -45,7 +46,7 @@ struct ChannelStatistics {
         const int e = kSums == 1 ? i : a;
         return kWhole || slots[u].holds(e) ? widen(packs[u].values[e]) - sums[a].pivot : A(0);
       };
-      if (!sums[a].started) {
+      if (first) {
         A sum = 0;
         int count = 0;
 #pragma unroll
@@ -58,7 +59,6 @@ struct ChannelStatistics {
         }
         const A shift = count == 0 ? A(0) : sum / static_cast<A>(count);
         if (shift - shift == 0) sums[a].pivot += shift;
-        sums[a].started = true;
       }
       // Several short chains of additions, then their sum: faster, and more exact, than one long one.
       A sum[kUnroll], squares[kUnroll];

@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // With kInputGradient also dx of evaluation mode, which needs no sum first: dx = dy * dy_scale.
-template <class T, bool kInputGradient>
+template <class T_, bool kInputGradient>
 struct GradientSums {
+  using T = T_;
   using A = accumulate_t<T>;
   using Item = GradientPartial<A>;
   static constexpr int kUnroll = 2;
@@ -95,7 +96,7 @@ struct GradientSums {
   }
 
   template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll]) const {
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll], bool) const {
     constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
     Pack<T, kVector> dy_packs[kUnroll], x_packs[kUnroll];
 #pragma unroll

@@ -13,7 +13,8 @@ namespace batchnorm_ext::cuda {
 // Block (tile, split) obtains the coefficients of a tile's channels and maps the share `split` of their elements.
 // Blocks run from the tensor's end to its front: what the step before read last is still in the second-level cache.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads) pointwise(const View view, const Op op) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, View>)
+    pointwise(const View view, const Op op) {
   using T = typename Op::T;
   using Walk = TileWalk<View, kVector, kThreads>;
   using Coefficients = typename Op::Coefficients;
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) pointwise(const View view, const Op 
 #pragma unroll
   for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[channel[a]];
 
-  for_each_chunk<kUnroll, kVector>(walk, [&](const auto& slots, auto whole) {
+  for_each_chunk<kUnroll, kVector>(walk, [&](const auto& slots, auto whole, bool) {
     constexpr bool kWhole = decltype(whole)::value;
     Pack<T, kVector> packs[Op::kInputs][kUnroll];
 #pragma unroll

@@ -15,7 +15,7 @@ namespace batchnorm_ext::cuda {
 // becomes of them is the operation's, as is what a sum is. Order of summation: by thread in the order of the walk, then
 // over the threads of a channel, so results do not depend on how blocks are scheduled.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads) reduce(const View view, const Op op) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, View>) reduce(const View view, const Op op) {
   using Walk = TileWalk<View, kVector, kThreads>;
   using Item = typename Op::Item;
   constexpr int kSums = kChannelsPerThread<View, kVector>;
@@ -28,11 +28,12 @@ __global__ void __launch_bounds__(kThreads) reduce(const View view, const Op op)
 #pragma unroll
   for (int a = 0; a < kSums; ++a) sums[a] = op.begin(tile.first + channel[a]);
 
-  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole) {
-    op.template accumulate<decltype(whole)::value, kVector>(sums, slots);
+  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole, bool first) {
+    op.template accumulate<decltype(whole)::value, kVector>(sums, slots, first);
   });
 
   Item* const items = shared_memory<Item>();
+  walk.channels(channel);
 #pragma unroll
   for (int a = 0; a < kSums; ++a)
     items[threadIdx.x * kSums + a] = op.item(sums[a], walk.samples(a), tile.first + channel[a]);

@@ -169,10 +169,17 @@ struct Constant {
   static constexpr bool value = kValue;
 };
 
-// Calls visit(slots, whole) with kUnroll slots at a time, so that their loads are in flight together; `whole` is a
-// constant: whether every element of each is meant. Missing slots at the end are empty.
+// Blocks that a multiprocessor should hold at once, which bounds a thread's registers: what the state of eight channels
+// a thread leaves room for without spills, else enough to have more loads in flight.
+template <class T, class View>
+constexpr int kBlocksAtOnce = sizeof(T) == 2 ? 2 : 3;
+
+// Calls visit(slots, whole, first) with kUnroll slots at a time, so that their loads are in flight together; `whole` is
+// a constant: whether every element of each is meant; `first` is true in the first call. Missing slots at the end are
+// empty.
 template <int kUnroll, int kVector, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
+  bool first = true;
   for (int64_t left = walk.count(); left > 0; left -= kUnroll) {
     Slot slots[kUnroll];
     bool whole = left >= kUnroll;
@@ -182,10 +189,11 @@ __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
       whole = whole && slots[u].low == 0 && slots[u].high == kVector;
     }
     if (whole) {
-      visit(slots, Constant<true>{});
+      visit(slots, Constant<true>{}, first);
     } else {
-      visit(slots, Constant<false>{});
+      visit(slots, Constant<false>{}, first);
     }
+    first = false;
   }
 }
 
