@@ -362,10 +362,11 @@ class OneDnn(Contender):
         convolution = F.conv2d if x.dim() == 4 else F.conv3d
         return convolution(x.contiguous().to_mkldnn(), ones, groups=channels)
 
-    def _inputs(self, problem: Problem) -> list[Tensor]:
+    def _inputs(self, problem: Problem, training: bool) -> list[Tensor]:
         case = problem.case
-        if case.layout != "contiguous" or len(case.shape) not in (4, 5):
-            raise NotApplicable("oneDNN is measured on its own layout of 4d and 5d tensors")
+        dimensions = (4,) if training else (4, 5)
+        if case.layout != "contiguous" or len(case.shape) not in dimensions:
+            raise NotApplicable("torch has oneDNN's batch norm for its own layout, training in 2d")
         if case.dtype not in ("float32", "bfloat16"):
             raise NotApplicable(f"mkldnn tensors have no batch norm in {case.dtype}")
         with torch.no_grad():
@@ -377,7 +378,7 @@ class OneDnn(Contender):
         return [one.to_dense() if one.is_mkldnn else one for one in found]
 
     def _forward(self, problem: Problem, training: bool, read: Any) -> Prepared:
-        blocked = self._inputs(problem)
+        blocked = self._inputs(problem, training)
         p = problem
 
         def call(i: int) -> Tensor:
@@ -398,7 +399,7 @@ class OneDnn(Contender):
         return self._forward(problem, training=False, read=OUTPUT)
 
     def backward(self, problem: Problem) -> Prepared:
-        blocked = self._inputs(problem)
+        blocked = self._inputs(problem, training=True)
         p, aten = problem, torch.ops.aten
         dy = [self._blocked(one) for one in p.dy]
         running = (p.running_mean, p.running_var)

@@ -23,6 +23,7 @@ from batchnorm_ext.distributed import BatchNormNd
 
 from .results import describe_environment
 from .stats import ratio_of_medians, summarize
+from .timing import available_threads
 
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7))
 CHANNELS = (64, 512, 2048)
@@ -219,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="for each number of ranks")
     parser.add_argument("--output", type=Path, help="where to write the findings as JSON")
     options = parser.parse_args(arguments)
-    record = {"environment": describe_environment(options.device), "runs": []}
+    record: dict[str, Any] = {
+        "environment": describe_environment(options.device, available_threads(), seed=0),
+        "runs": [],
+    }
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")

@@ -13,9 +13,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .measure import OURS
-from .report import FLOOR, Row, group_of, layer_rows
+from .report import FLOOR, Row, group_of, layer_rows, on_gpu
 from .results import CONTENDERS, Record
 
 # Transparent ground and middle tones: a contrast of at least 3 on white and on near-black.
@@ -85,7 +86,9 @@ def _rows(record: Record, contender: str, op: str | None = None) -> list[Row]:
     return [
         row
         for row in layer_rows(record)
-        if row["contender"] == contender and op in (None, row["op"])
+        if row["contender"] == contender
+        and op in (None, row["op"])
+        and (row["cache"] == "cold" or not on_gpu(record))
     ]
 
 
@@ -136,15 +139,17 @@ def time_over_bytes(record: Record) -> Figure | None:
 
 
 def _roofline(record: Record, axis: Axes, op: str) -> None:
-    """The line of memory bandwidth, from the largest copies."""
-    floors = sorted(_rows(record, FLOOR, op), key=lambda row: row["bytes_min"])
-    if not floors:
+    """The line of memory bandwidth, that of the fastest copy out of cache."""
+    floors = _rows(record, FLOOR)
+    cold = [row for row in floors if row["cache"] == "cold"] or floors
+    here = [row["bytes_min"] for row in _rows(record, FLOOR, op)]
+    if not here:
         return
-    peak = max(_bandwidth(row) for row in floors[-max(1, len(floors) // 5) :])
-    bytes_range = [row["bytes_min"] for row in (floors[0], floors[-1])]
+    peak = max(_bandwidth(row) for row in cold)
+    ends = [min(here), max(here)]
     axis.plot(
-        [one / 1e6 for one in bytes_range],
-        [one / peak * 1e6 for one in bytes_range],
+        [one / 1e6 for one in ends],
+        [one / peak * 1e6 for one in ends],
         color=INK,
         linewidth=1,
         label=f"memory, {peak / 1e9:.0f} GB/s",
@@ -176,6 +181,7 @@ def speedup_bars(record: Record) -> Figure | None:
     for op, axis in zip(ops, axes[0], strict=True):
         chosen = _chosen(_rows(record, OURS, op))
         thickness = 0.8 / len(peers)
+        extremes = [1.0]
         for index, peer in enumerate(peers):
             ratios = {_label(row): row for row in _rows(record, peer, op) if "ratio" in row}
             found = [
@@ -188,14 +194,21 @@ def speedup_bars(record: Record) -> Figure | None:
             ]
             axis.barh(
                 [i + (index - (len(peers) - 1) / 2) * thickness for i, _ in found],
-                values,
+                [value - 1 for value in values],
+                left=1,
                 height=thickness,
                 xerr=[[max(0.0, one) for one in side] for side in errors],
                 error_kw={"ecolor": INK, "elinewidth": 0.8},
                 color=COLOURS[peer],
                 label=peer,
             )
+            extremes += values
         axis.axvline(1, color=INK, linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlim(min(extremes) / 1.5, 1.5 * max(extremes))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_yticks(range(len(chosen)), [_label(row) for row in chosen], fontsize=7)
         axis.set(title=op, xlabel="times faster (right of the line: batchnorm_ext wins)")
         axis.xaxis.label.set_size(8)

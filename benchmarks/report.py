@@ -45,6 +45,11 @@ def speedup(row: Row) -> Ratio:
     return Ratio(row["ratio"], row["ratio_low"], row["ratio_high"])
 
 
+def on_gpu(record: Record) -> bool:
+    """Whether a GPU was measured; then each case has a row for the cold and for the hot cache."""
+    return bool(record.environment["driver"])
+
+
 def layer_rows(record: Record) -> list[Row]:
     """Timings of layers at the run's number of threads; studies have tables of their own."""
     threads = record.environment["threads"]
@@ -56,7 +61,10 @@ def layer_rows(record: Record) -> list[Row]:
 
 
 def ratios_of_ours(record: Record, op: str, contender: str) -> list[tuple[str, Ratio]]:
-    """Our time over a contender's for every case of an op, with the case's description."""
+    """Our time over a contender's for every case of an op, with the case's description.
+
+    On a GPU with a cold cache, which is how a network meets its layers.
+    """
     threads = record.environment["threads"]
     return [
         (describe(row), our_ratio(row))
@@ -65,6 +73,7 @@ def ratios_of_ours(record: Record, op: str, contender: str) -> list[tuple[str, R
         and row["contender"] == contender
         and "ratio" in row
         and group_of(row) not in ("sweep", "scaling")
+        and (row["cache"] == "cold" or not on_gpu(record))
         and row.get("threads", threads) == threads
     ]
 
@@ -172,8 +181,7 @@ def _summary(record: Record) -> str:
     rows = layer_rows(record)
     if not rows:
         return ""
-    several = len({row["cache"] for row in rows}) > 1 and record.environment["cuda"]
-    keys = ("op", "cache") if several else ("op",)
+    keys = ("op", "cache") if on_gpu(record) else ("op",)
     note = (
         "Geometric means with 95 % intervals. The floor is a copy (forward, eval) or a sum "
         "(backward) by torch that moves the least bytes."
@@ -248,7 +256,7 @@ def _layers(record: Record) -> str:
     return _section("Layers", _case_table(rows)) if rows else ""
 
 
-def _case_table(rows: Sequence[Row], *, threads: bool = False) -> str:
+def _case_table(rows: Sequence[Row]) -> str:
     peers = _present(rows)
     cases: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
@@ -267,13 +275,12 @@ def _case_table(rows: Sequence[Row], *, threads: bool = False) -> str:
             ours["layout"],
             ours["op"],
             ours["cache"],
-            *([ours.get("threads", "-")] if threads else []),
             f"{ours['median_us']:.1f}",
             f"{gigabytes:.1f}",
             f"{our_ratio(floor).value:.2f}" if floor else "-",
         ]
         lines.append([*line, *(_cell(found.get(peer)) for peer in peers)])
-    header = ["case", "shape", "dtype", "layout", "op", "cache", *(["threads"] if threads else [])]
+    header = ["case", "shape", "dtype", "layout", "op", "cache"]
     return table([*header, "µs", "GB/s", "x floor", *peers], lines)
 
 
@@ -300,8 +307,32 @@ def _model(record: Record) -> str:
 
 
 def _scaling(record: Record) -> str:
-    rows = _study(record, "scaling")
-    return _section("Threads and batch", _case_table(rows, threads=True)) if rows else ""
+    """What more threads gain, and whether the time is linear in the batch."""
+    rows = _of(_study(record, "scaling"), OURS)
+    threads = sorted({row["threads"] for row in rows})
+    gains, batches = [], []
+    for (case, op, *rest), members in _grouped(rows, "case", "op", "dtype", "layout").items():
+        if case == "scaling/batch":
+            batches += [
+                [row["shape"][0], f"{row['median_us'] / row['shape'][0]:.1f}"] for row in members
+            ]
+            continue
+        times = {row["threads"]: row["median_us"] for row in members}
+        shape = "x".join(map(str, members[0]["shape"]))
+        cells = [f"{times[n]:.0f} ({times[1] / times[n]:.2f}x)" for n in threads if n in times]
+        if len(cells) == len(threads):
+            gains.append([shape, *rest, op, *cells])
+    head = ["shape", "dtype", "layout", "op", *(f"µs, {n} threads" for n in threads)]
+    return "\n\n".join(
+        part
+        for part in (
+            _section("Threads", table(head, gains)) if gains else "",
+            _section("Time over the batch", table(["batch", "µs for each image"], batches))
+            if batches
+            else "",
+        )
+        if part
+    )
 
 
 def _sweep(record: Record) -> str:

@@ -15,7 +15,10 @@ PATTERN = re.compile(r"(worst:)?([a-z_]+)<=(\d+(?:\.\d+)?):([a-z_]+)")
 
 @dataclass(frozen=True)
 class Requirement:
-    """Our time over a contender's must be at most `ratio`: on geometric mean, or in every case."""
+    """Our time over a contender's must be at most `ratio`: on geometric mean, or in every case.
+
+    A single case falls short where its whole interval lies above `ratio`.
+    """
 
     op: str
     ratio: float
@@ -47,7 +50,8 @@ class Requirement:
         if not self.every_case:
             mean = geometric_mean([ratio for _, ratio in measured])
             return None if mean.value <= self.ratio else f"{self} not met: {mean}"
-        short = [(name, ratio) for name, ratio in measured if ratio.value > self.ratio]
+        # Among hundreds of cases noise alone lifts some ratio over any bound: an interval decides.
+        short = [(name, ratio) for name, ratio in measured if ratio.low > self.ratio]
         if not short:
             return None
         name, worst = max(short, key=lambda item: item[1].value)
