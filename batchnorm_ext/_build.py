@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import runpy
@@ -324,8 +325,12 @@ def describe(toolkit: Toolkit | None) -> Build:
 
 def torch_extension_tools(build: Build) -> ModuleType:
     """``torch.utils.cpp_extension``, told where the toolkit is (its own guess can be wrong)."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # importing it warns that no GPU is visible: none is needed
     from torch.utils import cpp_extension
 
+    logger.setLevel(level)
     if build.toolkit:
         cpp_extension.CUDA_HOME = str(build.toolkit.home)
     return cpp_extension
