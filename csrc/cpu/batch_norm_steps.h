@@ -175,32 +175,32 @@ BN_HOST_DEVICE accumulate_t<E> center_near(double mean) {
   return widen(narrow<E>(static_cast<accumulate_t<E>>(mean)));
 }
 
-// Each slab is summed around the mean of the samples before it (the first around that of its beginning), so that sums
-// of squares in the accumulate type lose nothing however large the mean is.
+template <class A>
+BN_HOST_DEVICE A median(A a, A b, A c) {
+  const A low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : (c > high ? high : c);
+}
+
+// Each slab is summed around the mean of the samples before it, and the first around the median of three of its own, so
+// that sums of squares in the accumulate type lose nothing however large the mean is, or one of the samples.
 template <class E, class A>
 inline void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels, Range samples,
                                A* center, PartialSums moments) {
-  const Inputs<E> in{x, x};
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    const int64_t outer = samples.begin / shape.inner, inner = samples.begin % shape.inner;
-    center[c] = widen(x[(outer * shape.channels + c) * shape.inner + inner]);
-    moments.first[c] = moments.second[c] = 0.0;
-  }
+  for (int64_t c = channels.begin; c < channels.end; ++c) moments.first[c] = moments.second[c] = 0.0;
   if (samples.size() == 0) return;
+  const int64_t first_slab = slab_end<A>(shape, blocking, samples.begin, samples.end) - samples.begin;
+  const auto first_channel_at = [&](int64_t sample) {
+    return x + sample / shape.inner * shape.channels * shape.inner + sample % shape.inner;
+  };
+  const E* const early = first_channel_at(samples.begin + first_slab / 4);
+  const E* const middle = first_channel_at(samples.begin + first_slab / 2);
+  const E* const late = first_channel_at(samples.begin + first_slab * 3 / 4);
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    const int64_t at = c * shape.inner;
+    center[c] = median(widen(early[at]), widen(middle[at]), widen(late[at]));
+  }
 
-  // One far outlier among n values moves their mean by 1/n of its distance. With the square root of a slab's size for
-  // n, the squares of that shift add up to no more in a slab than the outlier's own square.
-  const int64_t row = blocking.columns ? shape.inner * blocking.repeat : 1;
-  const int64_t slab = slab_end<A>(shape, blocking, samples.begin, samples.end) - samples.begin;
-  int64_t first = row;
-  while (first * first < slab) first += row;
-  const int64_t run = blocking.columns ? samples.size() : shape.inner - samples.begin % shape.inner;
-  first = min(first, min(run, samples.size()));
-  sum_slab<Statistics>(shape, blocking, in, channels, {samples.begin, samples.begin + first}, center,
-                       [&](int64_t c, double sum, double) {
-                         center[c] = center_near<E>(static_cast<double>(center[c]) + sum / static_cast<double>(first));
-                       });
-
+  const Inputs<E> in{x, x};
   int64_t merged = 0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
@@ -264,8 +264,9 @@ template <class E>
 inline void forward(const ForwardParams& params, const Threads& threads) {
   using A = accumulate_t<E>;
   const Shape shape = params.shape;
-  const Blocking blocking = choose_blocking(shape, sizeof(E), {1, params.batch_statistics, params.y != nullptr},
-                                            Vec<A>::lanes, threads.count);
+  const bool writes = params.y != nullptr;
+  const Traffic traffic{1, params.batch_statistics, params.batch_statistics && writes, writes};
+  const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (3 + 3 * sets) * static_cast<int64_t>(sizeof(double)));
   Coefficients<A> coefficients{};
@@ -339,7 +340,8 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   if (!wants_sums && !wants_dx) return;
   const bool fused = !training && wants_sums && wants_dx;  // dx does not wait for the sums
 
-  const Traffic traffic{(wants_sums || joined) && x != dy ? 2 : 1, wants_sums && training && wants_dx, wants_dx};
+  const Traffic traffic{(wants_sums || joined) && x != dy ? 2 : 1, wants_sums,
+                        wants_sums && training && wants_dx && !joined, wants_dx};
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (4 + 2 * sets) * static_cast<int64_t>(sizeof(double)));

@@ -8,11 +8,13 @@ namespace batchnorm_ext::cpu {
 namespace {
 
 constexpr int64_t cache_line = 64;
-constexpr int64_t private_cache = 512 << 10;  // half of a 1 MB second-level cache
-constexpr int64_t shared_cache = 16 << 20;    // half of a 32 MB third-level cache
-constexpr int64_t shortest_run = 1 << 10;     // contiguous bytes below which DRAM is read inefficiently
-constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to be worth a thread
-constexpr int64_t shortest_plane = 16;        // elements of a channel below which vectors run across channels
+constexpr int64_t private_cache = 512 << 10;   // half of a 1 MB second-level cache
+constexpr int64_t shared_cache = 16 << 20;     // half of a 32 MB third-level cache
+constexpr int64_t shortest_run = 2 << 10;      // contiguous bytes below which a block is read slower than it saves
+constexpr int64_t parallel_bytes = 64 << 10;   // a task must move this much to be worth a thread
+constexpr int64_t shortest_plane = 16;         // elements of a channel below which vectors run across channels
+constexpr int64_t shortest_summed_plane = 64;  // the same for sums down at least
+constexpr int64_t fewest_summed_rows = 16;     // so many rows
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -33,29 +35,31 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tensor_bytes = shape.elements() * element_size;
   const int64_t channel_bytes = shape.samples() * element_size * traffic.inputs;
   const int64_t run_bytes = shape.inner * element_size;  // of one channel
-  blocking.columns = shape.inner < shortest_plane;
-  blocking.stream = traffic.writes && tensor_bytes > shared_cache;
+  const bool many_rows = traffic.sums && shape.outer >= fewest_summed_rows;
+  blocking.columns = shape.inner < (many_rows ? shortest_summed_plane : shortest_plane);
+  blocking.stream = traffic.writes && tensor_bytes * (traffic.inputs + 1) > shared_cache;
 
-  const int64_t widest = blocking.columns ? max_columns / shape.inner : max_block_channels;
-  const int64_t affordable =
-      std::max<int64_t>(1, tensor_bytes * (traffic.inputs + (traffic.writes ? 1 : 0)) / parallel_bytes);
+  const int64_t widest = blocking.columns ? max_columns / shape.inner
+                         : traffic.sums   ? max_block_channels
+                                          : shape.channels;
+  const int64_t affordable = std::max<int64_t>(1, tensor_bytes * (traffic.inputs + traffic.writes) / parallel_bytes);
   const int64_t tasks = std::min(threads, affordable);
 
-  // Whole channels per task keep the second reading in the cache, if enough contiguous channels fit at once.
-  const int64_t fitting = std::max<int64_t>(1, private_cache / std::max<int64_t>(1, channel_bytes));
-  const int64_t contiguous = ceil_div(shortest_run, run_bytes);
+  // Tasks that own whole channels read the sums' input again from their cache, if enough contiguous channels fit there.
+  // Rows of columns are contiguous only across all channels, and longer runs are wanted to leave that order.
   const int64_t unit = blocking.columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
-  int64_t block = std::min({std::max(fitting, contiguous), widest, shape.channels});
-  if (block > unit) block -= block % unit;
   const int64_t share = ceil_div(ceil_div(shape.channels, unit), tasks) * unit;  // channels of the largest task
   const bool balanced = share * tasks * 3 <= shape.channels * 4;
-  const bool resident = !traffic.sums_first || tensor_bytes * traffic.inputs <= shared_cache ||
-                        std::min(block, share) * channel_bytes * tasks <= shared_cache;
-  const bool long_runs = std::min(block, share) * run_bytes >= shortest_run || tensor_bytes <= shared_cache / 4;
-
-  blocking.split_samples = !(tasks == 1 && resident && long_runs) && !(balanced && resident && long_runs);
-  blocking.repeat = 1;
-  if (!blocking.split_samples && !(blocking.columns && tasks == 1 && block == shape.channels)) {
+  const int64_t fitting = std::max<int64_t>(1, private_cache / channel_bytes);
+  int64_t block = std::min({fitting, widest, share});
+  if (block > unit) block -= block % unit;
+  const bool long_runs = block * run_bytes >= (blocking.columns ? 2 : 1) * shortest_run;
+  const bool resident = block * channel_bytes * tasks <= shared_cache;
+  const bool few_samples = shape.outer < 2 * tasks;  // too few to share evenly
+  if (!traffic.sums_first) block = std::min(widest, share);
+  blocking.split_samples = traffic.sums_first ? !(balanced && long_runs && resident) : !(balanced && few_samples);
+  if (!blocking.split_samples) {
+    blocking.repeat = 1;
     blocking.tasks = std::min(tasks, ceil_div(shape.channels, unit));
     blocking.unit = unit;
     blocking.block_channels = block;
@@ -63,7 +67,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   }
 
   // The whole row is walked at once, so a few rows of few channels may be seen as one row of whole vectors.
-  blocking.split_samples = true;
+  blocking.repeat = 1;
   blocking.block_channels = std::min(widest, shape.channels);
   if (blocking.columns && blocking.block_channels == shape.channels) {
     const int64_t period = lanes / std::gcd(row_elements, lanes);

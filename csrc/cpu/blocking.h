@@ -36,10 +36,11 @@ struct Blocking {
 constexpr int64_t max_block_channels = 128;
 constexpr int64_t max_columns = 2048;
 
-// What a call does with the tensor: how many tensors it reads, whether it reads them twice (first for sums over all
-// samples of a channel), and whether it writes one.
+// What a call does with the tensor: how many tensors it reads, whether it sums over the samples of a channel, whether
+// the sums must be complete before it reads again, and whether it writes a tensor.
 struct Traffic {
   int64_t inputs;
+  bool sums;
   bool sums_first;
   bool writes;
 };

@@ -145,38 +145,34 @@ BN_HOST_DEVICE void store_first(E* p, int64_t count, Vec<accumulate_t<E>> a) {
 }
 #endif
 
-// Pairwise, so that the order is the same whatever the compiler makes of it.
+// Pairwise: half the lanes are added to the other half until one is left.
+template <class A, int count>
+BN_HOST_DEVICE A sum_of_native(typename NativeVector<A, count>::type v) {
+  if constexpr (count == 2) {
+    return v[0] + v[1];
+  } else {
+    using Half = typename NativeVector<A, count / 2>::type;
+    const Half low = read_as<Half>(&v), high = read_as<Half>(reinterpret_cast<const char*>(&v) + sizeof(Half));
+    return sum_of_native<A, count / 2>(low + high);
+  }
+}
 template <class A>
 BN_HOST_DEVICE A sum_of_lanes(Vec<A> a) {
-  alignas(BN_CPU_VECTOR_BYTES) A values[Vec<A>::lanes];
-  store(values, a);
-  for (int width = Vec<A>::lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  }
-  return values[0];
+  return sum_of_native<A, Vec<A>::lanes>(a.v);
 }
 
 constexpr int64_t cache_line = 64;
 
-// Copies past the caches: whole lines where `to` has them, so that no line is read before it is written.
-inline void stream_copy(void* to, const void* from, int64_t bytes) {
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
+// Copies one line past the caches, so that memory is not read before it is written. Both ends begin a line.
+BN_HOST_DEVICE void stream_line(void* to, const void* from) {
 #if defined(__SSE2__)
-  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % cache_line);
-  const int64_t head = misaligned == 0 ? 0 : cache_line - misaligned;
-  if (bytes >= head + cache_line) {
-    __builtin_memcpy(out, in, static_cast<size_t>(head));
-    out += head, in += head, bytes -= head;
-    for (; bytes >= cache_line; bytes -= cache_line, out += cache_line, in += cache_line) {
-      for (int64_t i = 0; i < cache_line; i += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-      }
-    }
+  for (int i = 0; i < cache_line; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
   }
+#else
+  __builtin_memcpy(to, from, cache_line);
 #endif
-  __builtin_memcpy(out, in, static_cast<size_t>(bytes));
 }
 
 // Streamed stores become visible to other threads.

@@ -76,29 +76,47 @@ inline void sum_run(Inputs<E> in, int64_t count, Vec<A> center, SumPair<A>& sums
   }
 }
 
-// `rows` rows added to per-column sums. Several rows at once, so that the sums are loaded and stored rarely.
+// `rows` rows added to the sums of `wide` vectors of columns, which stay in registers meanwhile. Only the first `count`
+// columns of a single vector may be there.
+template <class Sum, int rows, int wide, class E, class A, class Load>
+BN_HOST_DEVICE void sum_tile(Inputs<E> in, int64_t pitch, const A* center, A* s, A* q, const Load& load_at) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  Vec<A> centers[wide];
+  SumPair<A> sums[wide];
+  for (int w = 0; w < wide; ++w) {
+    centers[w] = load(center + w * lanes);
+    sums[w] = {Vec<A>(A(0)), Vec<A>(A(0))};
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int w = 0; w < wide; ++w) {
+      const Vec<A> first = load_at(in.first + r * pitch + w * lanes, centers[w]);
+      Vec<A> second = first;
+      if constexpr (Sum::inputs == 2) second = load_at(in.second + r * pitch + w * lanes, centers[w]);
+      Sum::add(first, second, centers[w], sums[w].s, sums[w].q);
+    }
+  }
+  for (int w = 0; w < wide; ++w) {
+    store(s + w * lanes, load(s + w * lanes) + sums[w].s);
+    store(q + w * lanes, load(q + w * lanes) + sums[w].q);
+  }
+}
+
+// `rows` rows added to per-column sums.
 template <class Sum, int rows, class E, class A = accumulate_t<E>>
 inline void sum_rows(Inputs<E> in, int64_t pitch, int64_t columns, const A* center, A* s, A* q) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  const auto step = [&](int64_t j, auto load_at) {
-    const Vec<A> c = load(center + j);
-    SumPair<A> even{Vec<A>(A(0)), Vec<A>(A(0))}, odd = even;
-    for (int r = 0; r < rows; ++r) {
-      const Vec<A> first = load_at(in.first + r * pitch + j, c);
-      Vec<A> second = first;
-      if constexpr (Sum::inputs == 2) second = load_at(in.second + r * pitch + j, c);
-      SumPair<A>& sums = r % 2 == 0 ? even : odd;
-      Sum::add(first, second, c, sums.s, sums.q);
-    }
-    store(s + j, load(s + j) + (even.s + odd.s));
-    store(q + j, load(q + j) + (even.q + odd.q));
-  };
+  constexpr int wide = 4;
+  const auto whole = [](const E* p, Vec<A>) { return load(p); };
   int64_t j = 0;
+  for (; j + wide * lanes <= columns; j += wide * lanes) {
+    sum_tile<Sum, rows, wide>(in.at(j), pitch, center + j, s + j, q + j, whole);
+  }
   for (; j + lanes <= columns; j += lanes) {
-    step(j, [](const E* p, Vec<A>) { return load(p); });
+    sum_tile<Sum, rows, 1>(in.at(j), pitch, center + j, s + j, q + j, whole);
   }
   if (j < columns) {
-    step(j, [&](const E* p, Vec<A> c) { return load_first(p, columns - j, Sum::neutral(c)); });
+    sum_tile<Sum, rows, 1>(in.at(j), pitch, center + j, s + j, q + j,
+                           [&](const E* p, Vec<A> c) { return load_first(p, columns - j, Sum::neutral(c)); });
   }
 }
 
@@ -122,15 +140,34 @@ inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range s
   }
 }
 
-// Values of a channel vector spread over the columns of a block.
+// Values of a channel vector spread over the columns of a block, and one vector more, which partial vectors read.
 template <class A>
 inline void spread(const Shape& shape, int64_t repeat, Range channels, const A* per_channel, A* per_column) {
+  constexpr int64_t lanes = Vec<A>::lanes;
   for (int64_t r = 0; r < repeat; ++r) {
+    if (shape.inner == 1) {
+      for (int64_t c = 0; c < channels.size(); ++c) per_column[c] = per_channel[channels.begin + c];
+      per_column += channels.size();
+      continue;
+    }
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      for (int64_t i = 0; i < shape.inner; ++i) *per_column++ = per_channel[c];
+      // Stores past the channel's columns are overwritten by the next channel's.
+      for (int64_t i = 0; i < shape.inner; i += lanes) store(per_column + i, Vec<A>(per_channel[c]));
+      per_column += shape.inner;
     }
   }
-  for (int i = 0; i < Vec<A>::lanes; ++i) per_column[i] = A(0);  // a last partial vector reads whole
+  store(per_column, Vec<A>(A(0)));
+}
+
+// The sum of contiguous values.
+template <class A>
+inline double sum_of(const A* values, int64_t count) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  Vec<A> sum(A(0));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum += load(values + i);
+  if (i < count) sum += load_first(values + i, count - i, Vec<A>(A(0)));
+  return static_cast<double>(sum_of_lanes(sum));
 }
 
 template <class Sum, class E, class A, class Emit>
@@ -143,7 +180,7 @@ inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range 
   const int64_t columns = row_columns * repeat;
   for (int64_t j = 0; j < columns + Vec<A>::lanes; ++j) s[j] = q[j] = A(0);
 
-  constexpr int together = Sum::inputs == 1 ? 8 : 4;
+  constexpr int together = 8;
   const int64_t pitch = shape.channels * shape.inner * repeat;
   const int64_t begin = slab.begin / shape.inner, rows = slab.size() / shape.inner;
   in = in.at((begin * shape.channels + channels.begin) * shape.inner);
@@ -156,21 +193,20 @@ inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range 
     sum_rows<Sum, 1>(in.at(row * pitch), pitch, rows % repeat * row_columns, column_center, s, q);
   }
 
-  if (row_columns * repeat == channels.size()) {
-    for (int64_t c = 0; c < columns; ++c) {
+  for (int64_t r = 1; r < repeat; ++r) {
+    for (int64_t j = 0; j < row_columns; ++j) {
+      s[j] += s[r * row_columns + j];
+      q[j] += q[r * row_columns + j];
+    }
+  }
+  if (shape.inner == 1) {
+    for (int64_t c = 0; c < channels.size(); ++c) {
       emit(channels.begin + c, static_cast<double>(s[c]), static_cast<double>(q[c]));
     }
     return;
   }
   for (int64_t c = 0; c < channels.size(); ++c) {
-    double channel_s = 0, channel_q = 0;
-    for (int64_t r = 0; r < repeat; ++r) {
-      for (int64_t j = r * row_columns + c * shape.inner; j < r * row_columns + (c + 1) * shape.inner; ++j) {
-        channel_s += static_cast<double>(s[j]);
-        channel_q += static_cast<double>(q[j]);
-      }
-    }
-    emit(channels.begin + c, channel_s, channel_q);
+    emit(channels.begin + c, sum_of(s + c * shape.inner, shape.inner), sum_of(q + c * shape.inner, shape.inner));
   }
 }
 
