@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -221,3 +222,21 @@ def test_repeatable_to_the_bit(layout, threads):
     for run in runs[1:]:
         for first, again in zip(runs[0], run, strict=True):
             assert_bitwise(again, first)
+
+
+def test_calls_from_many_threads(device):
+    """The lock of the interpreter is free while kernels run: calls at once do not disturb each other."""
+    data = [arguments((6, 33, 9, 11), device=device) for _ in range(4)]
+
+    def step(args):
+        trial = args.clone()
+        y = call(trial, training=True)
+        gradients = torch.autograd.grad(y, differentiable(trial), trial.dy)
+        return [y.detach(), trial.running_mean, trial.running_var, *gradients]
+
+    expected = [step(args) for args in data]
+    with ThreadPoolExecutor(len(data)) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(step, data), expected, strict=True):
+                for actual, exact_value in zip(got, want, strict=True):
+                    torch.testing.assert_close(actual, exact_value)

@@ -116,6 +116,36 @@ def test_buffers_rewritten_between_forward_and_backward(device):
             assert_bitwise(actual, want)
 
 
+@MODES
+@pytest.mark.parametrize(
+    "rewrite", [torch.relu_, lambda y: y.add_(1.5).mul_(2.0)], ids=["relu_", "add_"]
+)
+def test_output_may_be_rewritten(rewrite, training, device):
+    """As the in-place activation after a batch norm does."""
+    args = arguments((4, 6, 5, 3), torch.float64, device=device)
+    results = []
+    for function in (batch_norm, torch.nn.functional.batch_norm):
+        trial = args.clone()
+        y = rewrite(call(trial, function, training=training))
+        results.append((y, torch.autograd.grad(y, differentiable(trial), args.dy)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@MODES
+def test_saved_tensors_kept_elsewhere(training, device):
+    args = arguments((4, 6, 5, 3), device=device)
+    expected = args.clone()
+    expected = torch.autograd.grad(
+        call(expected, training=training), differentiable(expected), args.dy
+    )
+    with torch.autograd.graph.save_on_cpu():
+        y = call(args, training=training)
+    for actual, want in zip(
+        torch.autograd.grad(y, differentiable(args), args.dy), expected, strict=True
+    ):
+        assert_bitwise(actual, want)
+
+
 def test_rewriting_the_input_is_an_error(device):
     args = arguments((4, 6, 5, 3), device=device)
     x = args.x.detach().clone()
