@@ -100,7 +100,7 @@ def update_running_statistics(
 ) -> None:
     """Move the running statistics towards the batch's by the share `momentum`, in place."""
     for running, batch in ((running_mean, mean), (running_var, unbiased_variance)):
-        updated = running.to(torch.float64) * (1 - momentum) + batch * momentum
+        updated = running.to(batch.dtype) * (1 - momentum) + batch * momentum
         if skip_nonfinite:
             finite = mean.isfinite() & unbiased_variance.isfinite()
             updated = torch.where(finite, updated, running.to(updated.dtype))

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from . import _operators
+from . import _operators, _reference
 from ._extension import backend
 from .autograd import BatchNormFunction, is_recomputing
 
@@ -205,21 +205,36 @@ def _torch_batch_norm(
         weight, bias = (
             p if p is None or p.dtype != input.dtype else p.float() for p in (weight, bias)
         )
-    factor: float = 0.0 if momentum is None else momentum
-    if training and num_batches_tracked is not None and momentum is None:
-        factor = 1.0 / float(num_batches_tracked + 1)
-    guarded = [
-        (running, running.clone())
-        for running in (running_mean, running_var)
-        if skip_nonfinite and training and running is not None
-    ]
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    if training and num_batches_tracked is not None:  # last: a refused call counts nothing
-        num_batches_tracked.add_(1)
-    if guarded:
-        finite = torch.stack([running.isfinite() for running, _ in guarded]).all(0)
-        for running, before in guarded:
-            running.copy_(torch.where(finite, running, before))
+    counter = num_batches_tracked if training else None
+    cumulative = momentum is None and counter is not None
+    if (
+        not (training and (cumulative or skip_nonfinite))
+        or running_mean is None
+        or running_var is None
+        or input.numel() == 0
+    ):
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps
+        )
+        if counter is not None:  # last: a refused call counts nothing
+            counter.add_(1)
+        return output
+    # Torch moves the statistics by a number that the host must know, whatever came: let it only compute the batch's.
+    mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    output = F.batch_norm(input, mean, variance, weight, bias, training, 1.0, eps)
+    accumulate = _reference.accumulate_dtype(mean.dtype)
+    share: float | Tensor = momentum or 0.0
+    if counter is not None:
+        counter.add_(1)
+        share = 1.0 / counter.to(accumulate) if cumulative else share
+    _reference.update_running_statistics(
+        running_mean,
+        running_var,
+        mean.to(accumulate),
+        variance.to(accumulate),
+        share,
+        skip_nonfinite,
+    )
     return output
 
 

@@ -2,6 +2,7 @@
 #include "bindings/autograd.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -42,7 +43,7 @@ struct Settings {
   bool skip_nonfinite;
 };
 
-class Node : public torch::autograd::Function<Node> {
+class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Settings& call) {
@@ -173,10 +174,11 @@ py::object fast_path(py::handle input_arg, py::handle running_mean, py::handle r
   Tensor output;
   {
     const py::gil_scoped_release no_gil;
+    RECORD_FUNCTION("batchnorm_ext::forward", c10::ArrayRef<const c10::IValue>());
     const bool needs_grad =
         at::GradMode::is_enabled() && (input->requires_grad() || requires_grad(weight) || requires_grad(bias));
     if (needs_grad) {
-      output = Node::apply(*input, weight, bias, call);
+      output = BatchNorm::apply(*input, weight, bias, call);
     } else {
       output = std::get<0>(bindings::forward(*input, weight, bias, call.running_mean, call.running_var,
                                              call.num_batches_tracked, training, momentum, eps, skip_nonfinite));
