@@ -8,8 +8,10 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -172,6 +174,76 @@ def test_interleave_runs_the_least_rounds_past_its_time() -> None:
 def test_cpu_sampler_measures_seconds_of_one_call() -> None:
     sampler = cpu_sampler(lambda index: time.sleep(0.002), buffers=2)
     assert 0.002 <= sampler() < 0.01
+
+
+class FakeCuda:
+    """A device on which each call takes 10 µs: what streams, events and graphs do to its clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock_ms = 0.0
+        self.captured: int | None = None
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.clock_ms
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                device.clock_ms += 0.01 * self.calls
+
+        class Stream:
+            def wait_stream(self, other: Stream) -> None:
+                pass
+
+        @contextmanager
+        def capture(graph: Graph) -> Iterator[None]:
+            device.captured = 0
+            yield
+            graph.calls, device.captured = device.captured, None
+
+        fakes = {"Event": Event, "CUDAGraph": Graph, "Stream": Stream, "graph": capture}
+        fakes |= {"current_stream": Stream, "stream": nullcontext, "synchronize": lambda: None}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self) -> None:
+        if self.captured is None:
+            self.clock_ms += 0.01
+        else:
+            self.captured += 1
+
+
+@pytest.mark.parametrize("buffers", [1, 4], ids=["hot", "cold"])
+def test_cuda_sampler_divides_by_the_calls_of_its_graph(
+    buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = FakeCuda(monkeypatch)
+    results: WeakSet[torch.Tensor] = WeakSet()
+    most_alive, indices = 0, set()
+
+    def call(index: int) -> torch.Tensor:
+        nonlocal most_alive
+        device.call()
+        indices.add(index)
+        result = torch.empty(1)
+        results.add(result)
+        most_alive = max(most_alive, len(results))
+        return result
+
+    sample = cuda_sampler(call, buffers)
+    assert sample() == pytest.approx(1e-5)
+    assert indices == set(range(buffers))
+    assert buffers <= most_alive <= 2 * buffers + 1
 
 
 def test_cold_buffers_exceed_the_cache_unless_one_call_does() -> None:
@@ -679,6 +751,44 @@ def test_gpu_run_without_a_gpu_says_so(
     assert gpu.main([str(tmp_path / "out")]) == gpu.EXIT_NO_GPU
     assert "nothing was run" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("pip_works", [True, False])
+def test_gpu_run_checks_what_it_has_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip_works: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    say = "import os; print(os.environ['BATCHNORM_EXT_BACKEND'])"
+    build, jit = stage("build", f"raise SystemExit({int(not pip_works)})"), stage("jit", say)
+    monkeypatch.setattr(gpu, "_build_stages", lambda site: (build, jit))
+    monkeypatch.setattr(gpu, "_checking_stages", lambda out: [stage("tests", say)])
+    assert gpu.run_all(tmp_path, 60) == (0 if pip_works else 1)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    states = {one["name"]: one["state"] for one in found["stages"]}
+    if pip_works:
+        assert states == {"build": "passed", "tests": "passed"}
+    else:
+        assert states == {"build": "failed", "jit": "passed", "tests": "passed"}
+    assert found["passed"] is pip_works
+    assert found["stages"][-1]["tail"].strip() == ("prebuilt" if pip_works else "jit")
+    assert found["environment"]["device"] == "Some GPU"
+
+
+def test_gpu_stages_name_the_architecture_and_every_sanitizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(gpu, "_sanitizer", lambda: "/opt/compute-sanitizer")
+    for one in gpu._build_stages(tmp_path):
+        assert one.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        assert int(one.environment["MAX_JOBS"]) >= 1
+    stages = gpu._checking_stages(tmp_path)
+    assert [one.name for one in stages] == ["tests", *gpu.SANITIZERS, "benchmark"]
+    assert [one.decides for one in stages] == [True, True, True, True, False]
+    monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
+    absent = gpu._checking_stages(tmp_path)[1:4]
+    assert all(one.command == [] and "not found" in one.note for one in absent)
 
 
 @pytest.mark.parametrize("case", gpu.exercise_cases()[::9], ids=str)
