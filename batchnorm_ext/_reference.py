@@ -90,6 +90,15 @@ def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, (variance + eps).rsqrt()
 
 
+def _factor(momentum: float | None, counter: Tensor | None) -> float | Tensor:
+    """Return the weight of this batch in the running statistics; `counter` counts it already."""
+    if momentum is not None:
+        return momentum
+    if counter is None:
+        raise RuntimeError("momentum=None needs num_batches_tracked")
+    return 1.0 / counter.double()
+
+
 def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
@@ -144,8 +153,8 @@ def forward(
         num_batches_tracked.add_(1)
     if training and samples > 0:
         mean, variance, inv_std = batch_statistics(input, eps)
-        if tracked:
-            factor = 1.0 / num_batches_tracked.double() if momentum is None else momentum
+        if running_mean is not None and running_var is not None:
+            factor = _factor(momentum, num_batches_tracked)
             unbiased = variance * samples / (samples - 1) if samples > 1 else variance / 0.0
             update_running_statistics(
                 running_mean, running_var, mean, unbiased, factor, skip_nonfinite
@@ -154,6 +163,8 @@ def forward(
         mean = torch.zeros(channels, dtype=torch.float64, device=input.device)
         inv_std = torch.zeros_like(mean)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         mean = running_mean.to(torch.float64, copy=True)  # saved: must not change with the buffer
         inv_std = (running_var.to(torch.float64) + eps).rsqrt()
 
@@ -295,9 +306,7 @@ def finalize_statistics(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if running_mean is not None and running_var is not None:
-        if momentum is None and num_batches_tracked is None:
-            raise RuntimeError("momentum=None needs num_batches_tracked")
-        factor = 1.0 / num_batches_tracked.double() if momentum is None else momentum
+        factor = _factor(momentum, num_batches_tracked)
         # No sample at all has no weight either, and leaves the running statistics alone.
         factor = torch.where(empty, torch.zeros_like(count), factor)
         unbiased = torch.where(empty, 0.0, m2 / (count - 1))
