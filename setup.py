@@ -73,6 +73,8 @@ class BuildNative(cpp_extension.BuildExtension):
 
 extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
 setup(
+    # Here, since pyproject.toml cannot say it in a way that both old and new setuptools accept.
+    license="MIT",
     ext_modules=[
         extension(
             "batchnorm_ext._C",
