@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _operators, _reference
 from ._extension import backend
@@ -200,11 +201,22 @@ def _torch_batch_norm(
     eps: float,
     skip_nonfinite: bool,
 ) -> Tensor:
-    if running_mean is not None and running_mean.dtype == torch.float32 != input.dtype:
-        # 16-bit parameters beside float32 statistics, as `.half()` leaves them, are nothing that torch mixes.
-        weight, bias = (
-            p if p is None or p.dtype != input.dtype else p.float() for p in (weight, bias)
-        )
+    dtype = input.dtype
+    if running_mean is not None and running_mean.dtype == torch.float32 != dtype:
+        # 16-bit parameters beside float32 statistics, as `.half()` leaves them, are nothing that torch mixes, and its
+        # rules for torch.func mix nothing at all.
+        weight, bias = (p if p is None or p.dtype != dtype else p.float() for p in (weight, bias))
+        if dtype.itemsize == 2 and torch._C._are_functorch_transforms_active():
+            input = input.float()
+    if training and not torch.compiler.is_compiling() and is_recomputing():
+        # Torch's operator keeps for backward what it is given: as many tensors as before, but of no consequence, and
+        # copied out of sight of selective checkpointing, which expects the operators it has seen.
+        with _disable_current_modes():
+            running_mean, running_var = (
+                None if running is None else running.clone()
+                for running in (running_mean, running_var)
+            )
+        num_batches_tracked = None
     counter = num_batches_tracked if training else None
     cumulative = momentum is None and counter is not None
     if (
@@ -218,7 +230,7 @@ def _torch_batch_norm(
         )
         if counter is not None:  # last: a refused call counts nothing
             counter.add_(1)
-        return output
+        return output.to(dtype)
     # Torch moves the statistics by a number that the host must know, whatever came: let it only compute the batch's.
     mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     output = F.batch_norm(input, mean, variance, weight, bias, training, 1.0, eps)
@@ -235,7 +247,7 @@ def _torch_batch_norm(
         share,
         skip_nonfinite,
     )
-    return output
+    return output.to(dtype)
 
 
 def _check_batch_size(input: Tensor) -> None:
