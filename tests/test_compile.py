@@ -89,7 +89,7 @@ def test_no_graph_break():
     torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("momentum", [0.1, pytest.param(None, marks=pytest.mark.native)])
+@pytest.mark.parametrize("momentum", [0.1, None])
 def test_no_recompilation_from_step_to_step(momentum):
     """Nor a graph break; torch's own cumulative average reads the batch counter on the host."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -224,3 +224,133 @@ def test_operators_pass_opcheck(training, dtype, device):
             torch.library.opcheck(
                 backward, (x, x, weight, saved_mean, inv_std, training, *wanted), test_utils=tests
             )
+
+
+def test_any_batch_size_is_compiled_once():
+    """The second size makes the batch dimension dynamic; no later one compiles again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    module = network()[:5]
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for size in (7, 9, 11, 13, 15):
+        x = torch.randn(size, 3, 8, 8)
+        y, expected = compiled(x), eager(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        y.exp().sum().backward()
+    assert counter.frame_count == 2
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+def test_switching_modes_and_freezing_in_a_compiled_model():
+    module = network()
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for index, x in enumerate(batches(6)):
+        for model in (module, eager):
+            model.train(index % 2 == 0)
+            if index == 2:
+                model[1].freeze()
+            if index == 4:
+                model[1].unfreeze()
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+def test_compiled_model_skips_nonfinite_batches():
+    module = network(skip_nonfinite=True)
+    x = batches(1)[0]
+    x[0, 0] = torch.nan
+    torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+    assert module[1].num_batches_tracked.item() == 1
+
+
+def test_compiled_under_autocast_and_inference_mode():
+    module = network()
+    eager = copy.deepcopy(module)
+    x = batches(1)[0]
+
+    def run(model, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    y, expected = compiled(module, x), run(eager, x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(module, x), run(eager, x), rtol=0.02, atol=0.02)
+
+
+def test_compiled_autograd():
+    """The backward pass of an eager model, compiled as a whole."""
+    module = network()
+    eager = copy.deepcopy(module)
+    x = batches(1)[0]
+    eager(x).exp().sum().backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        module(x).exp().sum().backward()
+    for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.native
+def test_the_graph_holds_our_operators():
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(
+        network(), backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
+    )
+    compiled(batches(1)[0]).sum().backward()
+    forward, backward = graphs
+    assert forward.count("batchnorm_ext.forward") == 3
+    assert backward.count("batchnorm_ext.backward") == 3
+
+
+@pytest.mark.native
+def test_selective_checkpointing_may_keep_our_results():
+    """A policy can name our operator; its results are then kept, not computed again."""
+    import functools
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    module = network()
+    eager = copy.deepcopy(module)
+    x = batches(1)[0]
+    eager(x).exp().sum().backward()
+    assert torch.ops.batchnorm_ext.forward is not None
+    kept = [torch.ops.batchnorm_ext.forward.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    checkpoint(module, x, use_reentrant=False, context_fn=contexts).exp().sum().backward()
+    for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_reduce_overhead_replays_the_same_training(momentum):
+    """CUDA graphs: the buffers are updated in place by each replay."""
+    module = network("cuda", momentum=momentum)
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    data = batches(6, "cuda")
+    for x in data:
+        torch.compiler.cudagraph_mark_step_begin()
+        module.zero_grad()
+        eager.zero_grad()
+        y = compiled(x)
+        y.exp().sum().backward()
+        expected = eager(x)
+        expected.exp().sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-3)
+    assert module[1].num_batches_tracked.item() == len(data)
