@@ -26,16 +26,14 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).resolve().parent
 VERSION: str = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
 
-# A cubin runs on every later minor version of its major one, so these and the final PTX serve all
-# GPUs from Turing on; a list with each minor version would only take longer to build.
-DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+# Every GPU from Turing on has code of its own or of its major version, later ones the final PTX.
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # Where an installer puts the toolkit when it is not told otherwise.
 USUAL_HOME = Path("/usr/local/cuda")
 
-# What one compiler process may need at its peak, rounded up.
-GIB_PER_CPU_JOB = 2
-GIB_PER_CUDA_JOB = 4
+# Twice what the largest compiler process was seen to need.
+GIB_PER_JOB = 2
 
 
 class CudaUnavailable(RuntimeError):
@@ -257,14 +255,13 @@ def covers(arch_list: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def job_count(cuda: bool, available_gib: float | None = None) -> int:
+def job_count(available_gib: float | None = None) -> int:
     """Compiler processes to run at once: ``MAX_JOBS``, else as many as cores and memory allow."""
     if os.environ.get("MAX_JOBS", "").isdigit():
         return max(1, int(os.environ["MAX_JOBS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = _available_gib() if available_gib is None else available_gib
-    by_memory = int(memory // (GIB_PER_CUDA_JOB if cuda else GIB_PER_CPU_JOB))
-    return max(1, min(cores or 1, by_memory))
+    return max(1, min(cores or 1, int(memory // GIB_PER_JOB)))
 
 
 def describe(toolkit: Toolkit | None) -> Build:
@@ -290,7 +287,7 @@ def describe(toolkit: Toolkit | None) -> Build:
             link.append("-fopenmp")
     nvcc = ["-O0", "-g", "-lineinfo"] if debug else ["-O3"]
     nvcc += host + shlex.split(os.environ.get("NVCC_FLAGS", ""))
-    environment = {"MAX_JOBS": str(job_count(toolkit is not None)), "PATH": path_with_ninja()}
+    environment = {"MAX_JOBS": str(job_count()), "PATH": path_with_ninja()}
     macros: list[tuple[str, str | None]] = []
     if toolkit:
         macros.append(("BATCHNORM_EXT_WITH_CUDA", None))
@@ -439,7 +436,7 @@ def _available_gib() -> float:
         numbers = [_read_text(limit).strip(), _read_text(used).strip()]
         if all(number.isdigit() for number in numbers):
             limits.append(int(numbers[0]) - int(numbers[1]))
-    return max(0, min(limits)) / 2**30 if limits else float(GIB_PER_CUDA_JOB)
+    return max(0, min(limits)) / 2**30 if limits else float(GIB_PER_JOB)
 
 
 def path_with_ninja() -> str:

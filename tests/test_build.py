@@ -187,12 +187,11 @@ def test_which_gpus_a_list_serves(arch_list, capability, expected):
 
 def test_jobs_are_limited_by_cores_memory_and_the_user(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert _build.job_count(cuda=False, available_gib=64) == 8
-    assert _build.job_count(cuda=False, available_gib=7) == 3
-    assert _build.job_count(cuda=True, available_gib=9) == 2
-    assert _build.job_count(cuda=True, available_gib=0.5) == 1
+    assert _build.job_count(available_gib=64) == 8
+    assert _build.job_count(available_gib=7) == 3
+    assert _build.job_count(available_gib=0.5) == 1
     monkeypatch.setenv("MAX_JOBS", "5")
-    assert _build.job_count(cuda=True, available_gib=0.5) == 5
+    assert _build.job_count(available_gib=0.5) == 5
 
 
 def test_memory_is_measured():
