@@ -91,20 +91,25 @@ def being_watched() -> bool:
 
 
 def _as_operator() -> bool:
-    return torch.compiler.is_compiling() or (being_watched() and operators_available())
+    return (torch.compiler.is_compiling() or being_watched()) and operators_available()
+
+
+def _directly() -> Any:
+    # Without operators, what can be traced is plain PyTorch.
+    return _reference if torch.compiler.is_compiling() else backend()
 
 
 def forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     """The backend's `forward`, as an operator where torch.compile or a dispatch mode is to see it."""
     if _as_operator():
         return torch.ops.batchnorm_ext.forward(*arguments)
-    return backend().forward(*arguments)
+    return _directly().forward(*arguments)
 
 
 def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backend's `backward`, as an operator where torch.compile or a dispatch mode is to see it."""
     if not _as_operator():
-        return backend().backward(*arguments)
+        return _directly().backward(*arguments)
     dx, dweight, dbias = torch.ops.batchnorm_ext.backward(*arguments)
     need_dx, dweight_dtype, dbias_dtype = arguments[6:]
     return (

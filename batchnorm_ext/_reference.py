@@ -184,8 +184,7 @@ def _normalized(
     output = torch.addcmul(
         per_channel(shift.to(accumulate), input), centred, per_channel(scale.to(accumulate), input)
     )
-    layout = torch.empty_like(dense(input))
-    return layout.copy_(output), rounded, inv_std.to(accumulate)
+    return _stored(output, input), rounded, inv_std.to(accumulate)
 
 
 def backward(
@@ -263,7 +262,6 @@ def described_signature(number: int) -> str:
     return f"{channels} channels of {str(_DTYPES[dtype]).removeprefix('torch.')}"
 
 
-@torch.no_grad()
 def channel_statistics(input: Tensor) -> Tensor:
     """Return the batch's statistics record, float64 of shape (2 C + 2,): signature, count, means, m2s."""
     _check_input(input)
@@ -279,7 +277,6 @@ def channel_statistics(input: Tensor) -> Tensor:
     return record
 
 
-@torch.no_grad()
 def finalize_statistics(
     records: Tensor,
     running_mean: Tensor | None,
@@ -314,7 +311,6 @@ def finalize_statistics(
     return mean, m2 / divisor, count
 
 
-@torch.no_grad()
 def normalize(
     input: Tensor,
     weight: Tensor | None,
@@ -330,7 +326,6 @@ def normalize(
     return _normalized(input, weight, bias, mean, (variance + eps).rsqrt())
 
 
-@torch.no_grad()
 def input_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -354,11 +349,21 @@ def input_gradient(
     dx = (grad_output.to(accumulate) - coefficient(sum_dy / count)) * coefficient(dy_scale)
     centred = input.to(accumulate) - coefficient(mean)
     dx = torch.addcmul(dx, centred, coefficient(x_scale), value=-1)
-    return torch.empty_like(dense(input)).copy_(dx)
+    return _stored(dx, input)
 
 
 def fast_path(*_: object) -> None:
     """Return None: every call takes the way that looks closer."""
+
+
+def _stored(result: Tensor, like: Tensor) -> Tensor:
+    """Return `result` in the dtype of `like` and in the memory order that the native module would give it."""
+    # No conversion where there is nothing to convert: torch 2.11 compiles a function that returns the result of one
+    # to gradients of zero.
+    if result.dtype != like.dtype:
+        result = result.to(like.dtype)
+    layout = torch.empty_like(dense(like))
+    return result if result.stride() == layout.stride() else layout.copy_(result)
 
 
 def build_info() -> dict[str, str]:
