@@ -19,7 +19,7 @@
 
 #define BN_CPU_ISA avx2
 #define BN_CPU_VECTOR_BYTES 32
-#define BN_CPU_HAS_FLOAT16_CONVERSION
+#define BN_CPU_HAS_CONVERSIONS
 #include "cpu/simd.h"
 
 namespace batchnorm_ext::cpu::avx2 {
@@ -33,6 +33,10 @@ BN_HOST_DEVICE F64 multiply_add(F64 a, F64 b, F64 c) {
 
 BN_HOST_DEVICE F32 load(const float16* p) {
   return F32(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+BN_HOST_DEVICE F32 load(const bfloat16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return F32(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
 }
 BN_HOST_DEVICE void store(float16* p, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));

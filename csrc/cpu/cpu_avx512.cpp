@@ -19,68 +19,7 @@
 #endif
 
 #define BN_CPU_ISA avx512
-#define BN_CPU_VECTOR_BYTES 64
-#define BN_CPU_HAS_FLOAT16_CONVERSION
-#define BN_CPU_HAS_MASKS
-#include "cpu/simd.h"
-
-namespace batchnorm_ext::cpu::avx512 {
-
-BN_HOST_DEVICE F32 multiply_add(F32 a, F32 b, F32 c) {
-  return F32(_mm512_fmadd_ps(a.v, b.v, c.v));
-}
-BN_HOST_DEVICE F64 multiply_add(F64 a, F64 b, F64 c) {
-  return F64(_mm512_fmadd_pd(a.v, b.v, c.v));
-}
-
-// GCC 12 warns of the undefined lanes in the unmasked forms of these conversions.
-constexpr __mmask16 all_lanes = 0xffff;
-
-BN_HOST_DEVICE F32 load(const float16* p) {
-  return F32(_mm512_maskz_cvtph_ps(all_lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-}
-BN_HOST_DEVICE __m256i narrow_float16(F32 a) {
-  return _mm512_maskz_cvtps_ph(all_lanes, a.v, _MM_FROUND_TO_NEAREST_INT);
-}
-BN_HOST_DEVICE void store(float16* p, F32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(a));
-}
-
-BN_HOST_DEVICE __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << count) - 1u);
-}
-
-BN_HOST_DEVICE F32 load_first(const float* p, int64_t count, F32 rest) {
-  return F32(_mm512_mask_loadu_ps(rest.v, first_lanes(count), p));
-}
-BN_HOST_DEVICE F64 load_first(const double* p, int64_t count, F64 rest) {
-  return F64(_mm512_mask_loadu_pd(rest.v, static_cast<__mmask8>(first_lanes(count)), p));
-}
-BN_HOST_DEVICE F32 load_first(const float16* p, int64_t count, F32 rest) {
-  const __mmask16 mask = first_lanes(count);
-  return F32(_mm512_mask_cvtph_ps(rest.v, mask, _mm256_maskz_loadu_epi16(mask, p)));
-}
-BN_HOST_DEVICE F32 load_first(const bfloat16* p, int64_t count, F32 rest) {
-  const __mmask16 mask = first_lanes(count);
-  const F32 widened = widen_bfloat16((UInt16s)_mm256_maskz_loadu_epi16(mask, p));
-  return F32(_mm512_mask_mov_ps(rest.v, mask, widened.v));
-}
-
-BN_HOST_DEVICE void store_first(float* p, int64_t count, F32 a) {
-  _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
-}
-BN_HOST_DEVICE void store_first(double* p, int64_t count, F64 a) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(count)), a.v);
-}
-BN_HOST_DEVICE void store_first(float16* p, int64_t count, F32 a) {
-  _mm256_mask_storeu_epi16(p, first_lanes(count), narrow_float16(a));
-}
-BN_HOST_DEVICE void store_first(bfloat16* p, int64_t count, F32 a) {
-  _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)narrow_bfloat16(a));
-}
-
-}  // namespace batchnorm_ext::cpu::avx512
-
+#include "cpu/avx512_vectors.h"
 #include "cpu/batch_norm_steps.h"
 #include "cpu/kernel_table_definition.h"
 

@@ -30,7 +30,10 @@ InstructionSet detect() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && !capped("avx2")) return {"avx512", &avx512::kernels};
+    if (avx512 && !capped("avx2")) {
+      if (__builtin_cpu_supports("avx512bf16") && !capped("avx512")) return {"avx512_bf16", &avx512_bf16::kernels};
+      return {"avx512", &avx512::kernels};
+    }
     if (avx2) return {"avx2", &avx2::kernels};
   }
 #endif

@@ -31,6 +31,9 @@ extern const KernelTable kernels;
 namespace avx512 {
 extern const KernelTable kernels;
 }
+namespace avx512_bf16 {
+extern const KernelTable kernels;
+}
 #endif
 
 }  // namespace batchnorm_ext::cpu

@@ -76,17 +76,17 @@ BN_HOST_DEVICE void store(float* p, F32 a) {
 }
 
 // The conversions of core/dtype.h, lane by lane.
-BN_HOST_DEVICE F32 widen_bfloat16(UInt16s bits) {
-  return F32((F32::Native)(__builtin_convertvector(bits, UInt32s) << 16));
-}
-
 BN_HOST_DEVICE UInt16s narrow_bfloat16(F32 a) {
   const UInt32s bits = (UInt32s)a.v;
   const UInt32s rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return __builtin_convertvector(a.v == a.v ? rounded : (UInt32s{} + 0x7fc0u), UInt16s);
 }
 
-#if !defined(BN_CPU_HAS_FLOAT16_CONVERSION)
+#if !defined(BN_CPU_HAS_CONVERSIONS)
+BN_HOST_DEVICE F32 widen_bfloat16(UInt16s bits) {
+  return F32((F32::Native)(__builtin_convertvector(bits, UInt32s) << 16));
+}
+
 BN_HOST_DEVICE F32 widen_float16(UInt16s half) {
   const UInt32s bits = __builtin_convertvector(half, UInt32s);
   const UInt32s sign = (bits & 0x8000u) << 16;
@@ -108,6 +108,9 @@ BN_HOST_DEVICE UInt16s narrow_float16(F32 a) {
   return __builtin_convertvector(sign | result, UInt16s);
 }
 
+BN_HOST_DEVICE F32 load(const bfloat16* p) {
+  return widen_bfloat16(read_as<UInt16s>(p));
+}
 BN_HOST_DEVICE F32 load(const float16* p) {
   return widen_float16(read_as<UInt16s>(p));
 }
@@ -117,13 +120,12 @@ BN_HOST_DEVICE void store(float16* p, F32 a) {
 }
 #endif
 
-BN_HOST_DEVICE F32 load(const bfloat16* p) {
-  return widen_bfloat16(read_as<UInt16s>(p));
-}
+#if !defined(BN_CPU_HAS_BFLOAT16_CONVERSION)
 BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   const UInt16s bits = narrow_bfloat16(a);
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
+#endif
 
 // The first `count` < lanes elements, the other lanes from `rest`.
 #if !defined(BN_CPU_HAS_MASKS)

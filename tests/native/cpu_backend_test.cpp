@@ -473,7 +473,10 @@ void test_conversions() {
   for (int64_t i = 0; i < patterns; ++i) {
     const float expected = widen(dy.data()[i]) * inv_std;
     const E rounded = narrow<E>(expected);
-    if (expected == expected ? rounded.bits != dx.data()[i].bits : !std::isnan(widen(dx.data()[i]))) same = false;
+    const uint16_t bits = dx.data()[i].bits;
+    // AVX-512's own conversion takes float's subnormal numbers for zero.
+    const bool flushed = std::fabs(expected) < std::numeric_limits<float>::min() && (bits & 0x7fff) == 0;
+    if (expected == expected ? rounded.bits != bits && !flushed : !std::isnan(widen(dx.data()[i]))) same = false;
   }
   check(same, "conversion of dtype " + std::to_string(int(DTypeOf<E>::value)));
 }
@@ -521,12 +524,12 @@ void test_all() {
 // Each instruction set in its own process, since a process chooses once.
 int main() {
   int total_passed = 0, total_failed = 0;
-  for (const char* capability : {"default", "avx2", "avx512"}) {
+  for (const char* capability : {"default", "avx2", "avx512", ""}) {
     int channel[2];
     if (pipe(channel) != 0) return 1;
     const pid_t child = fork();
     if (child == 0) {
-      setenv("ATEN_CPU_CAPABILITY", capability, 1);
+      setenv("ATEN_CPU_CAPABILITY", capability, 1);  // the last: no cap
       test_all();
       std::printf("%s: %d passed, %d failed\n", cpu::instruction_set(), passed, failed);
       std::fflush(stdout);
