@@ -121,6 +121,4 @@ def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor |
 
 def steps() -> Any:
     """What has the backend's steps one by one, as operators where torch.compile or a dispatch mode is to see them."""
-    if torch.compiler.is_compiling() or (being_watched() and operators_available()):
-        return torch.ops.batchnorm_ext
-    return backend()
+    return torch.ops.batchnorm_ext if _as_operator() else _directly()
