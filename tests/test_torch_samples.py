@@ -132,11 +132,14 @@ def test_module_samples(theirs, case, training, dtype, device):
             y = module(mine)
             outputs.append(y)
         tensors = [mine, *module.parameters()]
-        first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+        # Of batch norm outputs a sum of squares is constant, and its gradient nothing but rounding.
+        first = torch.autograd.grad(y.exp().sum(), tensors, create_graph=True)
+        second = ()
+        if dtype == torch.float64:
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
         results.append((outputs, first, second, module.state_dict()))
-    rtol = 1e-10 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(results[0], results[1], rtol=rtol, atol=100 * rtol)
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(results[0], results[1], rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("info", MODULES, ids=[info.module_cls.__name__ for info in MODULES])
