@@ -65,8 +65,8 @@ def default_tasks(options: argparse.Namespace) -> list[Task]:
         *overhead_tasks(),
         *memory_tasks(options.device),
         *accuracy_tasks(),
-        *model_tasks(batch, size, "float32", "contiguous"),
         *layer_tasks(shapes),
+        *model_tasks(batch, size, "float32", "contiguous"),
     ]
 
 

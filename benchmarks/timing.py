@@ -21,6 +21,7 @@ SLOW_CALL_S = 0.2
 CUDA_GRAPH_S = 1e-3
 MAX_GRAPH_CALLS = 200
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
+PATIENCE, PATIENCE_S = 2.0, 5.0
 COLD_FACTOR = 3
 MAX_COLD_BUFFERS = 64
 
@@ -142,7 +143,8 @@ def interleave(
     samplers
         A sampler for each contender; each returns seconds of one call.
     seconds
-        When to stop; the least number of rounds is run all the same.
+        When to stop. The least number of rounds is run all the same, unless that takes several
+        times as long; two rounds are run in any case.
     order
         Source of the order within a round.
     rounds
@@ -155,9 +157,11 @@ def interleave(
     """
     least, most = rounds
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
+    patience = max(PATIENCE * seconds, PATIENCE_S)
     for done in range(most):
-        if done >= least and time.monotonic() >= deadline:
+        spent = time.monotonic() - start
+        if (done >= least and spent >= seconds) or (done >= 2 and spent >= patience):
             break
         for name in order.sample(list(samplers), len(samplers)):
             samples[name].append(samplers[name]())

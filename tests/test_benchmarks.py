@@ -171,6 +171,13 @@ def test_interleave_runs_the_least_rounds_past_its_time() -> None:
     assert len(samples["a"]) == 5
 
 
+def test_interleave_loses_patience_with_slow_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.PATIENCE_S", 0.01)
+    samplers = {"a": lambda: (time.sleep(0.02), 1.0)[1]}
+    samples = interleave(samplers, 0.0, random.Random(0), rounds=(5, 40))
+    assert len(samples["a"]) == 2
+
+
 def test_cpu_sampler_measures_seconds_of_one_call() -> None:
     sampler = cpu_sampler(lambda index: time.sleep(0.002), buffers=2)
     assert 0.002 <= sampler() < 0.01
