@@ -28,6 +28,12 @@ def _copy_state(module: Any, problem: Problem) -> None:
             getattr(module, name).copy_(getattr(problem, name))
 
 
+def _results(module: Any, y: Tensor, training: bool) -> dict[str, Tensor]:
+    """The output and, in training, the module's own running statistics."""
+    names = ("running_mean", "running_var") if training else ()
+    return {"y": y} | {name: getattr(module, name).clone() for name in names}
+
+
 def _gradients_through(output: Any, wanted: list[tuple[Tensor, ...]], dy: list[Tensor]) -> Prepared:
     """Backward of graphs built once and walked again by every call."""
     return Prepared(
@@ -51,8 +57,8 @@ class Apex(Contender):
             raise NotApplicable("Apex has fp16 in NHWC only")
         from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
-        module = BatchNorm2d_NHWC(case.channels, momentum=problem.momentum, eps=problem.eps)
-        module = module.to(problem.device)
+        module = BatchNorm2d_NHWC(case.channels).to(problem.device)
+        module.eps, module.momentum = problem.eps, problem.momentum
         _copy_state(module, problem)
         return module
 
@@ -68,14 +74,7 @@ class Apex(Contender):
             with torch.no_grad():
                 return module(rows[i])
 
-        def read(y: Tensor) -> dict[str, Tensor]:
-            found = {"y": y.permute(0, 3, 1, 2)}
-            if training:
-                found |= {"running_mean": module.running_mean.clone()}
-                found |= {"running_var": module.running_var.clone()}
-            return found
-
-        return Prepared(call, read)
+        return Prepared(call, lambda y: _results(module, y.permute(0, 3, 1, 2), training))
 
     def forward(self, problem: Problem) -> Prepared:
         return self._forward(problem, training=True)
@@ -122,7 +121,7 @@ class InplaceAbn(Contender):
             with torch.no_grad():
                 return module(x[i])
 
-        return Prepared(call, lambda y: _inplace_results(module, y, training))
+        return Prepared(call, lambda y: _results(module, y, training))
 
     def forward(self, problem: Problem) -> Prepared:
         return self._forward(problem, training=True)
@@ -134,30 +133,18 @@ class InplaceAbn(Contender):
         raise NotApplicable("its backward consumes what its forward saved")
 
 
-def _inplace_results(module: Any, y: Tensor, training: bool) -> dict[str, Tensor]:
-    found = {"y": y}
-    if training:
-        found |= {"running_mean": module.running_mean.clone()}
-        found |= {"running_var": module.running_var.clone()}
-    return found
-
-
 class Jax(Contender):
     """Batch norm as Flax writes it, compiled by XLA; time includes the wait for its result.
 
     What a forward pass saves is XLA's own affair, so its backward computes the statistics again.
+    On CUDA it is no contender: its calls cannot join a graph, and it takes the memory for itself.
     """
 
     name = "jax"
+    devices = ("cpu",)
 
     def missing(self) -> str | None:
-        failure = _import_failure("jax")
-        if failure is None and torch.cuda.is_available():
-            import jax
-
-            if jax.default_backend() != "gpu":
-                return "installed without support for the GPU"
-        return failure
+        return _import_failure("jax")
 
     @staticmethod
     def _functions(problem: Problem) -> tuple[Any, Any, Any]:
@@ -165,8 +152,6 @@ class Jax(Contender):
         import jax
         import jax.numpy as jnp
 
-        if problem.device == "cuda":
-            raise NotApplicable("its calls cannot be put into a CUDA graph beside the others")
         if problem.case.dtype == "float64":
             raise NotApplicable("JAX has fp64 only by a switch for the whole process")
         dims = len(problem.case.shape)
