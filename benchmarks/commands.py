@@ -182,9 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    record = Record.load(options.results)
-    if options.newer:
-        print(render_comparison(record, Record.load(options.newer)))
+    try:
+        record, *newer = (Record.load(one) for one in (options.results, options.newer) if one)
+    except (OSError, ValueError) as error:
+        print(f"cannot read results: {error}", file=sys.stderr)
+        return 1
+    if newer:
+        print(render_comparison(record, *newer))
         return 0
     print(_write_report(record, options.output or options.results.parent, options.no_plots))
     return _check(record, options.require)

@@ -527,6 +527,30 @@ def test_report_warns_of_noise_and_of_the_fallback() -> None:
     assert "pure-PyTorch fallback" in text
 
 
+def test_scaling_is_reported_for_threads_and_batch() -> None:
+    record = Record(dict(ENVIRONMENT))
+    for threads, time_us in [(1, 30.0), (2, 16.0)]:
+        (row,) = make_record({"batchnorm_ext": time_us}, "scaling/64x56").rows
+        record.rows.append(row | {"threads": threads})
+    for batch, time_us in [(1, 5.0), (4, 20.0)]:
+        (row,) = make_record({"batchnorm_ext": time_us}, "scaling/batch").rows
+        record.rows.append(row | {"shape": [batch, 64, 56, 56]})
+    text = " ".join(render(record).split())
+    assert "| 30 (1.00x) | 16 (1.88x) |" in text
+    assert "| 1 | 5.0 | | 4 | 5.0 |" in text
+
+
+def test_networks_are_added_up_only_when_complete() -> None:
+    record = Record(dict(ENVIRONMENT))
+    for case in shapes.resnet50(8):
+        times = {"batchnorm_ext": 1000.0, "floor": 500.0}
+        rows = make_record(times, case.name).rows
+        record.rows += [row | {"shape": list(case.shape), "count": case.count} for row in rows]
+    assert "batchnorm_ext 53.00, floor 26.50" in render(record)
+    del record.rows[:2]
+    assert "All batch norms of a network" not in render(record)
+
+
 def test_comparison_tells_slower_faster_and_unchanged() -> None:
     before, after = (Record(dict(ENVIRONMENT)) for _ in range(2))
     for case, old, new in [("a/a", 10.0, 20.0), ("b/b", 10.0, 4.0), ("c/c", 10.0, 10.5)]:
@@ -634,6 +658,17 @@ def test_command_reports_an_interrupt_and_keeps_the_rows(
     code, record = run_command(tmp_path, "overhead")
     assert code == commands.EXIT_INTERRUPTED
     assert len(record.rows) == 3
+
+
+def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "some.json"
+    make_record({"batchnorm_ext": 10.0, "floor": 5.0}).save(path)
+    assert commands.main(["report", str(path), "--no-plots"]) == 0
+    assert "Batch norm on Some CPU" in (tmp_path / "report.md").read_text()
+    assert commands.main(["report", str(path), str(path)]) == 0
+    assert "1 cases in common: 0 slower, 0 faster" in capsys.readouterr().out
+    assert commands.main(["report", str(tmp_path / "none.json")]) == 1
+    assert "cannot read results" in capsys.readouterr().err
 
 
 def test_every_subcommand_has_tasks() -> None:
