@@ -15,8 +15,11 @@ REQUESTED = os.environ.get("BATCHNORM_EXT_BACKEND", "auto")
 
 def _backend_problem() -> str | None:
     """Why the backend in use is not the one this run is meant to test, if so."""
-    backend = _extension.backend()
-    name = getattr(backend, "__name__", type(backend).__name__)
+    try:
+        backend = _extension.backend()
+    except Exception as error:
+        return f"BATCHNORM_EXT_BACKEND={REQUESTED}: {error}"
+    name = backend.__name__
     is_reference = name.rpartition(".")[2] == "_reference"
     if is_reference != (REQUESTED == "torch"):
         wanted = "the pure-PyTorch backend" if REQUESTED == "torch" else "the native module"
@@ -47,7 +50,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(problem, returncode=pytest.ExitCode.USAGE_ERROR)
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.option.collectonly:
+        return ""
     backend = _extension.backend()
     return f"batchnorm_ext: {os.path.dirname(batchnorm_ext.__file__)}, backend {backend.__name__}, {backend.build_info()}"
 
