@@ -8,13 +8,14 @@ namespace batchnorm_ext::cpu {
 namespace {
 
 constexpr int64_t cache_line = 64;
-constexpr int64_t private_cache = 512 << 10;   // half of a 1 MB second-level cache
-constexpr int64_t shared_cache = 16 << 20;     // half of a 32 MB third-level cache
-constexpr int64_t shortest_run = 2 << 10;      // contiguous bytes below which a block is read slower than it saves
-constexpr int64_t parallel_bytes = 64 << 10;   // a task must move this much to be worth a thread
-constexpr int64_t shortest_plane = 16;         // elements of a channel below which vectors run across channels
-constexpr int64_t shortest_summed_plane = 64;  // the same for sums down at least
-constexpr int64_t fewest_summed_rows = 16;     // so many rows
+constexpr int64_t private_cache = 512 << 10;  // half of a 1 MB second-level cache
+constexpr int64_t shared_cache = 16 << 20;    // half of a 32 MB third-level cache
+constexpr int64_t shortest_run = 2 << 10;     // contiguous bytes below which a block is read slower than it saves
+constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to be worth a thread
+// Elements of a channel below which vectors run across channels instead of along it, if there are so many rows to share
+// what that takes: the coefficients of each column, and adding up the columns of each channel.
+constexpr int64_t shortest_plane = 64, rows_for_planes = 16;
+constexpr int64_t rows_for_two_vectors = 4;  // the same below two vectors
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -35,8 +36,10 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tensor_bytes = shape.elements() * element_size;
   const int64_t channel_bytes = shape.samples() * element_size * traffic.inputs;
   const int64_t run_bytes = shape.inner * element_size;  // of one channel
-  const bool many_rows = traffic.sums && shape.outer >= fewest_summed_rows;
-  blocking.columns = shape.inner < (many_rows ? shortest_summed_plane : shortest_plane);
+  const int64_t shortest = shape.outer >= rows_for_planes        ? shortest_plane
+                           : shape.outer >= rows_for_two_vectors ? 2 * lanes
+                                                                 : lanes;
+  blocking.columns = shape.inner < shortest;
   blocking.stream = traffic.writes && tensor_bytes * (traffic.inputs + 1) > shared_cache;
 
   const int64_t widest = blocking.columns ? max_columns / shape.inner
