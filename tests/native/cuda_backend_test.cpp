@@ -330,7 +330,21 @@ struct Gradients {
   bool dx, dweight, dbias;
 };
 
+// The same call in steps: no block of this device could keep a channel.
+Case streaming(Case c) {
+  c.name += ", streaming";
+  c.limits.shared_bytes_per_multiprocessor = 0;
+  return c;
+}
+
+bool is_resident(const Case& c) {
+  Tensors t = inputs(c);
+  return cuda::plan_forward(forward_params(c, t), c.limits).resident.fits ||
+         cuda::plan_backward(backward_params(c, t, true, true, true), c.limits).resident.fits;
+}
+
 void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, true}}) {
+  if (is_resident(c)) check(streaming(c), subsets);
   using emulation::Order;
   const std::string name = c.name + " " + name_of(c.dtype) + (c.training ? " training" : " evaluation");
   try {
@@ -664,8 +678,10 @@ void launches() {
   report(count(split, true) == 3, "split channels take three launches forward");
   report(count(split, false) == 3, "split channels take three launches backward");
   Case small{"small", {4, 16, 8}, DType::float32};
-  report(count(small, true) == 2, "a small tensor takes two launches forward");
-  report(count(small, false) == 2, "a small tensor takes two launches backward");
+  report(count(small, true) == 1, "a small tensor takes one launch forward");
+  report(count(small, false) == 1, "a small tensor takes one launch backward");
+  report(count(streaming(small), true) == 2, "unsplit channels take two launches forward");
+  report(count(streaming(small), false) == 2, "unsplit channels take two launches backward");
   report(count(small, false, {false, true, true}) == 1, "parameter gradients take one launch");
   small.training = false;
   report(count(small, true) == 1, "evaluation takes one launch forward");
@@ -673,19 +689,26 @@ void launches() {
 }
 
 void failures() {
-  const Case c{"failing", {16, 2, 4096}, DType::float32};
-  const char* const steps[] = {"channel_statistics", "finalize_statistics", "normalize"};
-  for (int i = 0; i < 3; ++i) {
-    Tensors t = inputs(c);
-    emulation::settings.fail_launch = i;
+  const Case small{"failing", {4, 16, 8}, DType::float32}, split{"failing", {16, 2, 4096}, DType::float32};
+  const struct {
+    const Case& c;
+    int launch;
+    const char* step;
+  } launches[] = {{split, 0, "channel_statistics"},
+                  {split, 1, "finalize_statistics"},
+                  {split, 2, "normalize"},
+                  {small, 0, "forward"}};
+  for (const auto& l : launches) {
+    Tensors t = inputs(l.c);
+    emulation::settings.fail_launch = l.launch;
     std::string message;
     try {
-      run(c, forward_params(c, t));
+      run(l.c, forward_params(l.c, t));
     } catch (const std::runtime_error& error) {
       message = error.what();
     }
     emulation::settings.fail_launch = -1;
-    report(message.find(steps[i]) != std::string::npos, "a failed launch names its step", message);
+    report(message.find(l.step) != std::string::npos, "a failed launch names its step", message);
   }
 }
 

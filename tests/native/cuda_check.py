@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("75", "80", "89", "90", "100", "120")
-HOT = ("reduce", "pointwise")
+HOT = ("reduce", "pointwise", "resident")
 WIDTH = 100
 
 

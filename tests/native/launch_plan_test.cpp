@@ -107,8 +107,19 @@ bool is_launchable(const StepPlan& plan) {
          view.fold_width >= 1 && view.fold_width <= 32 && view.tile_channels <= kBlockThreads * plan.vector;
 }
 
+BackwardParams backward_call(const Shape& shape, DType dtype, int64_t misalignment) {
+  alignas(16) static char memory[16];
+  BackwardParams call{};
+  call.shape = shape;
+  call.dtype = dtype;
+  call.dy = call.x = call.dx = memory + misalignment * element_size(dtype);
+  call.batch_statistics = true;
+  return call;
+}
+
 void coverage() {
   std::mt19937_64 random(3);
+  int residents = 0;
   const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
   const int64_t inners[] = {1, 1, 1, 2, 7, 9, 49, 64, 121, 128, 196, 225, 256, 511, 1024, 1030};
   for (int i = 0; i < 600; ++i) {
@@ -120,8 +131,19 @@ void coverage() {
         below(3) == 0 ? Alignment{below(16 / element_size(dtype)), true} : Alignment{0, below(4) != 0};
     const Device& device = devices[below(4)];
     const StepPlan plan = plan_step(shape, dtype, alignment, device.limits);
-    report(is_launchable(plan) && covers(plan, shape), "covered once: " + describe(device, shape, dtype, alignment));
+    const std::string name = describe(device, shape, dtype, alignment);
+    report(is_launchable(plan) && covers(plan, shape), "covered once: " + name);
+    if (!alignment.common) continue;
+    const BackwardParams call = backward_call(shape, dtype, alignment.misalignment);
+    const ResidentPlan resident = plan_backward(call, device.limits).resident;
+    if (!resident.fits) continue;
+    ++residents;
+    report(resident.step.splits == 1 && covers(resident.step, shape), "covered once by resident blocks: " + name);
+    report(int64_t(resident.shared_bytes) <= device.limits.shared_bytes_per_block &&
+               2 * int64_t(resident.shared_bytes) <= device.limits.shared_bytes_per_multiprocessor,
+           "two resident blocks fit a multiprocessor: " + name);
   }
+  report(residents > 100, "many of the random shapes are resident");
 }
 
 void fills_the_device() {
@@ -168,6 +190,15 @@ void choices() {
   report(plan_step({32, 64, 56 * 56}, DType::float32, {0, false}, h200).vector == 1,
          "tensors that share no boundaries go by elements");
   report(plan({2048, 2048, 1 << 13}, DType::float16).row_view.splits == 1, "enough channels are not split");
+
+  const auto is_resident = [&](Shape shape, DType dtype) {
+    return plan_backward(backward_call(shape, dtype, 0), h200).resident.fits;
+  };
+  report(is_resident({32, 128, 28 * 28}, DType::bfloat16), "28x28 at batch 32 in 16 bits stays on the chip");
+  report(is_resident({24, 2048, 7 * 7}, DType::bfloat16), "7x7 at batch 24 in 16 bits stays on the chip");
+  report(is_resident({32, 64, 1}, DType::float32), "a small matrix stays on the chip");
+  report(!is_resident({256, 64, 112 * 112}, DType::bfloat16), "112x112 at batch 256 streams");
+  report(!is_resident({int64_t(1) << 34, 8, 1}, DType::bfloat16), "more than 2^31 rows stream");
 
   const Shape huge{3, 5, int64_t(1) << 33};
   const StepPlan large = plan(huge, DType::bfloat16);

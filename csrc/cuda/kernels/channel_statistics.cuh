@@ -15,12 +15,16 @@ struct ChannelStatistics {
   using T = T_;
   using A = accumulate_t<T>;
   using Item = Moments<A>;  // around the channel's pivot
+  using Coefficients = NormalizeCoefficients<A>;
+  static constexpr int kInputs = 1;
   static constexpr int kUnroll = 4;
+  static constexpr Reuse kReuse = Reuse::soon;
 
-  const T* x;
+  const T* inputs[kInputs];  // x
+  FinalizeStatistics<T> finalize;
   Moments<A>* partials;  // [channel][split]; unused when there is one split, whose moments are final
   int64_t splits;
-  FinalizeStatistics<T> finalize;
+  Coefficients* coefficients;
 
   // Sums of (x - pivot) and its square. The thread's pivot is the mean of the first elements it sees: close to what
   // follows even where the channel's first element is not, so the squares carry no large offset.
@@ -29,22 +33,19 @@ struct ChannelStatistics {
   };
 
   __device__ __forceinline__ Accumulator begin(int64_t channel) const {
-    return {channel_pivot(x, finalize.shape, channel), A(0), A(0)};
+    return {channel_pivot(inputs[0], finalize.shape, channel), A(0), A(0)};
   }
 
   template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll],
-                                             bool first) const {
-    Pack<T, kVector> packs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) load<kWhole, Reuse::soon>(packs[u], x, slots[u]);
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                             const Slot (&slots)[kUnroll], bool first) const {
 #pragma unroll
     for (int a = 0; a < kSums; ++a) {
       // Of the chunk's elements, those of this sum's channel; one that is not meant reads as the pivot and adds zero.
       constexpr int kElements = kVector / kSums;
       const auto deviation = [&](int u, int i) {
         const int e = kSums == 1 ? i : a;
-        return kWhole || slots[u].holds(e) ? widen(packs[u].values[e]) - sums[a].pivot : A(0);
+        return kWhole || slots[u].holds(e) ? widen(packs[0][u].values[e]) - sums[a].pivot : A(0);
       };
       if (first) {
         A sum = 0;
@@ -79,7 +80,8 @@ struct ChannelStatistics {
   }
 
   __device__ __forceinline__ Item item(const Accumulator& sums, int64_t samples, int64_t channel) const {
-    return moments_from_sums(sums.pivot - channel_pivot(x, finalize.shape, channel), sums.sum, sums.squares, samples);
+    return moments_from_sums(sums.pivot - channel_pivot(inputs[0], finalize.shape, channel), sums.sum, sums.squares,
+                             samples);
   }
 
   template <class At>
@@ -87,10 +89,15 @@ struct ChannelStatistics {
     return fold_moments<A>(at, items, lane, width);
   }
 
+  // Called by whole warps, where all of a channel was summed.
+  __device__ __forceinline__ void complete(int64_t channel, const Item& total, bool active, Coefficients* to) const {
+    finalize(channel, {static_cast<double>(total.mean), static_cast<double>(total.m2), total.count}, active, to);
+  }
+
   // Called by whole warps.
   __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
     if (splits == 1) {
-      finalize(channel, {static_cast<double>(total.mean), static_cast<double>(total.m2), total.count}, active);
+      complete(channel, total, active, coefficients + channel);
     } else if (active) {
       partials[channel * splits + split] = total;
     }

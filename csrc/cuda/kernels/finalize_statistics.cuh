@@ -54,12 +54,13 @@ struct FinalizeStatistics {
   double eps;
   A* mean;
   A* inv_std;
-  NormalizeCoefficients<A>* coefficients;
   double* record;  // not null: where the moments go, and nothing else is written
   double signature;
 
-  // Called by whole warps; `moments` are around the channel's pivot and matter in active threads only.
-  __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active) const {
+  // Called by whole warps; `moments` are around the channel's pivot and matter in active threads only. The channel's
+  // coefficients go to *coefficients.
+  __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active,
+                                             NormalizeCoefficients<A>* coefficients) const {
     if (active) moments.mean += channel_pivot(x, shape, channel);
     if constexpr (kSquaresOverflow<T>) {
       unsigned redo = __ballot_sync(kWholeWarp, active && moments.m2 - moments.m2 != 0);
@@ -83,7 +84,7 @@ struct FinalizeStatistics {
     const double channel_inv_std = inverse_std(variance_of(moments), eps);
     mean[channel] = static_cast<A>(moments.mean);
     inv_std[channel] = static_cast<A>(channel_inv_std);
-    coefficients[channel] =
+    *coefficients =
         normalize_coefficients<A>(moments.mean, channel_inv_std, weight.load(channel, 1.0), bias.load(channel, 0.0));
     if (running.mean.data == nullptr && running.variance.data == nullptr) return;
     const int64_t batches = running.num_batches_tracked == nullptr ? 1 : *running.num_batches_tracked + 1;
@@ -121,13 +122,14 @@ __device__ __forceinline__ Moments<V> fold_moments(At&& at, int64_t items, int l
 // One warp for each channel: merges its splits' moments, partials[channel][split], in double.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
-    finalize_statistics(const FinalizeStatistics<T> finalize, const Moments<accumulate_t<T>>* partials,
-                        int64_t splits) {
+    finalize_statistics(const FinalizeStatistics<T> finalize, const Moments<accumulate_t<T>>* partials, int64_t splits,
+                        NormalizeCoefficients<accumulate_t<T>>* coefficients) {
   const int64_t channel = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (channel >= finalize.shape.channels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
-  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0);
+  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0,
+           coefficients + channel);
 }
 
 }  // namespace batchnorm_ext::cuda

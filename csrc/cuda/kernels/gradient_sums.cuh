@@ -33,25 +33,28 @@ struct FinalizeGradients {
   const A* mean;
   const A* inv_std;
   MutableChannelVector dweight, dbias;
-  InputGradientCoefficients<A>* coefficients;  // null when no input gradient follows
-  JoinedSums joined;                           // not null: the sums that the input gradient follows from
+  bool input_gradient_follows;  // and wants the channel's coefficients
+  JoinedSums joined;            // not null: the sums that the input gradient follows from
 
-  __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums) const {
+  __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums,
+                                             InputGradientCoefficients<A>* coefficients) const {
     if (joined.count != nullptr) {
-      set_coefficients(channel, joined.sum_dy[channel], joined.sum_dy_xhat[channel],
-                       static_cast<int64_t>(*joined.count));
+      *coefficients = coefficients_of(channel, joined.sum_dy[channel], joined.sum_dy_xhat[channel],
+                                      static_cast<int64_t>(*joined.count));
       return;
     }
     const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(inv_std[channel]);
     dweight.store(channel, sum_dy_xhat);
     dbias.store(channel, sums.sum_dy);
-    if (coefficients != nullptr) set_coefficients(channel, sums.sum_dy, sum_dy_xhat, shape.samples());
+    if (input_gradient_follows) {
+      *coefficients = coefficients_of(channel, sums.sum_dy, sum_dy_xhat, shape.samples());
+    }
   }
 
-  __device__ __forceinline__ void set_coefficients(int64_t channel, double sum_dy, double sum_dy_xhat,
-                                                   int64_t samples) const {
-    coefficients[channel] = input_gradient_coefficients<A>(mean[channel], inv_std[channel], weight.load(channel, A(1)),
-                                                           sum_dy, sum_dy_xhat, samples);
+  __device__ __forceinline__ InputGradientCoefficients<A> coefficients_of(int64_t channel, double sum_dy,
+                                                                          double sum_dy_xhat, int64_t samples) const {
+    return input_gradient_coefficients<A>(mean[channel], inv_std[channel], weight.load(channel, A(1)), sum_dy,
+                                          sum_dy_xhat, samples);
   }
 };
 
@@ -60,13 +63,13 @@ struct FinalizeGradients {
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     finalize_gradients(const FinalizeGradients<T> finalize, const GradientPartial<accumulate_t<T>>* partials,
-                       int64_t splits) {
+                       int64_t splits, InputGradientCoefficients<accumulate_t<T>>* coefficients) {
   const int64_t channel = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (channel >= finalize.shape.channels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
   const auto sums = fold_gradient_sums<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp);
-  if (lane == 0) finalize(channel, sums);
+  if (lane == 0) finalize(channel, sums, finalize.input_gradient_follows ? coefficients + channel : nullptr);
 }
 
 // With kInputGradient also dx of evaluation mode, which needs no sum first: dx = dy * dy_scale.
@@ -75,15 +78,18 @@ struct GradientSums {
   using T = T_;
   using A = accumulate_t<T>;
   using Item = GradientPartial<A>;
+  using Coefficients = InputGradientCoefficients<A>;
+  static constexpr int kInputs = 2;
   static constexpr int kUnroll = 2;
+  static constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
 
-  const T* dy;
-  const T* x;
-  T* dx;
-  Reuse dx_reuse;
+  const T* inputs[kInputs];  // dy, x
+  FinalizeGradients<T> finalize;
   Item* partials;  // [channel][split]; unused when there is one split, whose sums are final
   int64_t splits;
-  FinalizeGradients<T> finalize;
+  Coefficients* coefficients;
+  T* dx;
+  Reuse dx_reuse;
 
   struct Accumulator {
     A mean, sum_dy, sum_dy_xmu;
@@ -96,14 +102,8 @@ struct GradientSums {
   }
 
   template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], const Slot (&slots)[kUnroll], bool) const {
-    constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
-    Pack<T, kVector> dy_packs[kUnroll], x_packs[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      load<kWhole, kReuse>(dy_packs[u], dy, slots[u]);
-      load<kWhole, kReuse>(x_packs[u], x, slots[u]);
-    }
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                             const Slot (&slots)[kUnroll], bool) const {
 #pragma unroll
     for (int a = 0; a < kSums; ++a) {
       constexpr int kElements = kVector / kSums;
@@ -115,10 +115,10 @@ struct GradientSums {
         for (int i = 0; i < kElements; ++i) {
           // An element that is not meant was loaded as zero, and adds zero.
           const int e = kSums == 1 ? i : a;
-          const A gradient = widen(dy_packs[u].values[e]);
+          const A gradient = widen(packs[0][u].values[e]);
           sum_dy[u] += gradient;
-          sum_dy_xmu[u] = multiply_add(gradient, widen(x_packs[u].values[e]) - sums[a].mean, sum_dy_xmu[u]);
-          if constexpr (kInputGradient) dy_packs[u].values[e] = narrow<T>(gradient * sums[a].dy_scale);
+          sum_dy_xmu[u] = multiply_add(gradient, widen(packs[1][u].values[e]) - sums[a].mean, sum_dy_xmu[u]);
+          if constexpr (kInputGradient) packs[0][u].values[e] = narrow<T>(gradient * sums[a].dy_scale);
         }
       }
       static_assert(kUnroll == 2);
@@ -127,7 +127,7 @@ struct GradientSums {
     }
     if constexpr (kInputGradient) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) store<kWhole>(dy_packs[u], dx, slots[u], dx_reuse);
+      for (int u = 0; u < kUnroll; ++u) store<kWhole>(packs[0][u], dx, slots[u], dx_reuse);
     }
   }
 
@@ -140,11 +140,15 @@ struct GradientSums {
     return fold_gradient_sums<A>(at, items, lane, width);
   }
 
+  // Where all of a channel was summed.
+  __device__ __forceinline__ void complete(int64_t channel, const Item& total, bool active, Coefficients* to) const {
+    if (active) finalize(channel, {static_cast<double>(total.sum_dy), static_cast<double>(total.sum_dy_xmu)}, to);
+  }
+
   __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
-    if (!active) return;
     if (splits == 1) {
-      finalize(channel, {static_cast<double>(total.sum_dy), static_cast<double>(total.sum_dy_xmu)});
-    } else {
+      complete(channel, total, active, finalize.input_gradient_follows ? coefficients + channel : nullptr);
+    } else if (active) {
       partials[channel * splits + split] = total;
     }
   }

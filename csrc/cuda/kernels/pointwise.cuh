@@ -10,53 +10,67 @@
 
 namespace batchnorm_ext::cuda {
 
+// A thread's coefficients, from those of its block's tile.
+template <class Coefficients, class Walk, int kSets>
+__device__ __forceinline__ void take_coefficients(Coefficients (&coefficients)[kSets], const Coefficients* of_tile,
+                                                  const Walk& walk) {
+  int channel[kSets];
+  walk.channels(channel);
+#pragma unroll
+  for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[channel[a]];
+}
+
+// packs[0] becomes the output.
+template <class Coefficients, class T, int kVector, int kInputs, int kUnroll, int kSets>
+__device__ __forceinline__ void map_packs(Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                          const Coefficients (&coefficients)[kSets]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const Coefficients& c = coefficients[kSets == 1 ? 0 : e];
+      if constexpr (kInputs == 1) {
+        packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e])));
+      } else {
+        packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e])));
+      }
+    }
+  }
+}
+
+template <bool kWhole, class T, int kVector, int kUnroll>
+__device__ __forceinline__ void store_all(const Pack<T, kVector> (&packs)[kUnroll], T* tensor,
+                                          const Slot (&slots)[kUnroll], Reuse reuse) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) store<kWhole>(packs[u], tensor, slots[u], reuse);
+}
+
 // Block (tile, split) obtains the coefficients of a tile's channels and maps the share `split` of their elements.
 // Blocks run from the tensor's end to its front: what the step before read last is still in the second-level cache.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, View>)
-    pointwise(const View view, const Op op) {
-  using T = typename Op::T;
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T>) pointwise(const View view, const Op op) {
   using Walk = TileWalk<View, kVector, kThreads>;
   using Coefficients = typename Op::Coefficients;
-  constexpr int kSets = kChannelsPerThread<View, kVector>;
   constexpr int kUnroll = Op::kInputs == 1 ? 4 : 2;
 
   const int64_t split = gridDim.y - 1 - blockIdx.y;
   const Tile tile = Walk::tile(view, gridDim.x - 1 - blockIdx.x);
   Coefficients* const of_tile = shared_memory<Coefficients>();
+#pragma unroll 1
   for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
     of_tile[j] = op.coefficients(tile.first + j, split == 0);
   }
   __syncthreads();
 
   Walk walk(view, tile, split);
-  int channel[kSets];
-  walk.channels(channel);
-  Coefficients coefficients[kSets];
-#pragma unroll
-  for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[channel[a]];
-
-  for_each_chunk<kUnroll, kVector>(walk, [&](const auto& slots, auto whole, bool) {
+  Coefficients coefficients[kChannelsPerThread<View, kVector>];
+  take_coefficients(coefficients, of_tile, walk);
+  for_each_chunk<kUnroll, kVector>(walk, [&](const auto& slots, auto whole, int64_t) {
     constexpr bool kWhole = decltype(whole)::value;
-    Pack<T, kVector> packs[Op::kInputs][kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < Op::kInputs; ++i) load<kWhole, Reuse::none>(packs[i][u], op.inputs[i], slots[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const Coefficients& c = coefficients[kSets == 1 ? 0 : e];
-        if constexpr (Op::kInputs == 1) {
-          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e])));
-        } else {
-          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e])));
-        }
-      }
-      store<kWhole>(packs[0][u], op.output, slots[u], op.output_reuse);
-    }
+    Pack<typename Op::T, kVector> packs[Op::kInputs][kUnroll];
+    load<kWhole, Reuse::none>(packs, op.inputs, slots);
+    map_packs(packs, coefficients);
+    store_all<kWhole>(packs[0], op.output, slots, op.output_reuse);
   });
 }
 

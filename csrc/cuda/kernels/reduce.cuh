@@ -11,32 +11,19 @@
 
 namespace batchnorm_ext::cuda {
 
-// Block (tile, split) reads the share `split` of a tile's channels and hands each channel's sums to op.finish: what
-// becomes of them is the operation's, as is what a sum is. Order of summation: by thread in the order of the walk, then
-// over the threads of a channel, so results do not depend on how blocks are scheduled.
-template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, View>) reduce(const View view, const Op op) {
-  using Walk = TileWalk<View, kVector, kThreads>;
-  using Item = typename Op::Item;
-  constexpr int kSums = kChannelsPerThread<View, kVector>;
-
-  const Tile tile = Walk::tile(view, blockIdx.x);
-  Walk walk(view, tile, blockIdx.y);
-  typename Op::Accumulator sums[kSums];
+// Brings the sums of a block's threads together: calls complete(j, total, active) for each channel j of the tile, by
+// whole warps, with the same total in every thread of a channel; `active` in one of them. `items` is shared memory for
+// one item of each sum of each thread.
+template <int kThreads, class Op, class Walk, int kSums, class Complete>
+__device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const Tile& tile,
+                                           const typename Op::Accumulator (&sums)[kSums], typename Op::Item* items,
+                                           Complete&& complete) {
   int channel[kSums];
   walk.channels(channel);
 #pragma unroll
-  for (int a = 0; a < kSums; ++a) sums[a] = op.begin(tile.first + channel[a]);
-
-  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole, bool first) {
-    op.template accumulate<decltype(whole)::value, kVector>(sums, slots, first);
-  });
-
-  Item* const items = shared_memory<Item>();
-  walk.channels(channel);
-#pragma unroll
-  for (int a = 0; a < kSums; ++a)
+  for (int a = 0; a < kSums; ++a) {
     items[threadIdx.x * kSums + a] = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
+  }
   __syncthreads();
 
   const int width = walk.fold_width();
@@ -46,10 +33,43 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, View>)
   for (int first = 0; first + warp_first < tile.count; first += kThreads / width) {
     const int j = first + own;
     const bool active = j < tile.count;
-    const Item total =
+    const auto total =
         op.fold([&](int i) { return items[walk.fold_index(j, i)]; }, active ? walk.fold_items() : 0, lane, width);
-    op.finish(tile.first + j, blockIdx.y, total, active && lane == 0);
+    complete(j, total, active && lane == 0);
   }
+}
+
+template <class Op, class Walk, int kSums>
+__device__ __forceinline__ void begin_sums(const Op& op, const Walk& walk, const Tile& tile,
+                                           typename Op::Accumulator (&sums)[kSums]) {
+  int channel[kSums];
+  walk.channels(channel);
+#pragma unroll
+  for (int a = 0; a < kSums; ++a) sums[a] = op.begin(tile.first + channel[a]);
+}
+
+// Block (tile, split) reads the share `split` of a tile's channels and hands each channel's sums to op.finish: what
+// becomes of them is the operation's, as is what a sum is. Order of summation: by thread in the order of the walk, then
+// over the threads of a channel, so results do not depend on how blocks are scheduled.
+template <class Op, class View, int kVector, int kThreads>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T>) reduce(const View view, const Op op) {
+  using Walk = TileWalk<View, kVector, kThreads>;
+  const Tile tile = Walk::tile(view, blockIdx.x);
+  Walk walk(view, tile, blockIdx.y);
+  typename Op::Accumulator sums[kChannelsPerThread<View, kVector>];
+  begin_sums(op, walk, tile, sums);
+
+  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole, int64_t index) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
+    load<kWhole, Op::kReuse>(packs, op.inputs, slots);
+    op.template accumulate<kWhole>(sums, packs, slots, index == 0);
+  });
+
+  fold_block<kThreads>(op, walk, tile, sums, shared_memory<typename Op::Item>(),
+                       [&](int j, const typename Op::Item& total, bool active) {
+                         op.finish(tile.first + j, blockIdx.y, total, active);
+                       });
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -29,7 +29,7 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
                                       inv_std,
                                       params.dweight,
                                       params.dbias,
-                                      input_gradient_follows ? coefficients : nullptr,
+                                      input_gradient_follows,
                                       params.joined};
   auto* const partials = static_cast<GradientPartial<A>*>(workspace);
   const int64_t splits = plan.sums.splits;
@@ -37,31 +37,36 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
   if (shape.elements() == 0) {
     if (shape.channels > 0 && (params.dweight.data != nullptr || params.dbias.data != nullptr)) {
       launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
-                      partials, 0);
+                      partials, 0, coefficients);
     }
     return;
   }
 
+  if (plan.resident.fits) {
+    const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
+    launch_resident("backward", plan.resident, sums, dx, nullptr, stream);
+    return;
+  }
   if (plan.needs_sums) {
     // Where x is not needed, dy stands in for it: its second read hits the first-level cache, and no one looks at the
     // sum it goes into.
     const T* const x_or_dy = x == nullptr ? dy : x;
     if (dx != nullptr && !plan.needs_input_gradient) {
-      const GradientSums<T, true> sums{dy, x_or_dy, dx, reuse, partials, splits, finalize};
+      const GradientSums<T, true> sums{{dy, x_or_dy}, finalize, partials, splits, nullptr, dx, reuse};
       launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
     } else {
-      const GradientSums<T, false> sums{dy, x_or_dy, nullptr, reuse, partials, splits, finalize};
+      const GradientSums<T, false> sums{{dy, x_or_dy}, finalize, partials, splits, coefficients, nullptr, reuse};
       launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
     }
     if (splits > 1) {
       launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
-                      partials, splits);
+                      partials, splits, coefficients);
     }
   }
   if (!plan.needs_input_gradient) return;
   if (params.joined.count != nullptr) {
     launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
-                    partials, 0);
+                    partials, 0, coefficients);
   }
   if (params.batch_statistics) {
     launch_pointwise("input_gradient", plan.input_gradient, InputGradient<T>{{dy, x}, dx, reuse, coefficients}, stream);

@@ -30,14 +30,22 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
     auto* const partials = static_cast<Moments<A>*>(workspace);
     coefficients =
         reinterpret_cast<NormalizeCoefficients<A>*>(static_cast<char*>(workspace) + plan.coefficients_offset);
-    const FinalizeStatistics<T> finalize{shape, x,       params.weight, params.bias,   params.running,  params.eps,
-                                         mean,  inv_std, coefficients,  params.record, params.signature};
+    const FinalizeStatistics<T> finalize{shape,      x,    params.weight, params.bias,   params.running,
+                                         params.eps, mean, inv_std,       params.record, params.signature};
     const int64_t splits = plan.statistics.splits;
-    const ChannelStatistics<T> statistics{x, partials, splits, finalize};
+    const ChannelStatistics<T> statistics{{x}, finalize, partials, splits, coefficients};
+    if (plan.resident.fits) {
+      // Blocks that read the counter must all have done so before it changes.
+      const bool counter_is_read = params.running.cumulative && counter != nullptr;
+      launch_resident("forward", plan.resident, statistics, static_cast<T*>(params.y),
+                      counter_is_read ? nullptr : counter, stream);
+      if (counter_is_read) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
+      return;
+    }
     launch_reduce<T, true>("channel_statistics", plan.statistics, statistics, stream);
     if (splits > 1) {
       launch_finalize("finalize_statistics", stream, finalize_statistics<T, kFinalizeThreads>, shape.channels, finalize,
-                      partials, splits);
+                      partials, splits, coefficients);
     }
   }
 

@@ -114,6 +114,39 @@ int64_t partial_results(const Shape& shape, const StepPlan& step) {
   return step.splits > 1 ? shape.channels * step.splits : 0;
 }
 
+// Not where a multiprocessor could hold only one such block: nothing would hide its waits.
+ResidentPlan plan_resident(const StepPlan& step, DType dtype, int inputs, int64_t item_bytes, int64_t coefficient_bytes,
+                           const DeviceLimits& limits) {
+  constexpr int64_t kReservedBytes = 1024;  // of each block, by the system
+  ResidentPlan plan{};
+  if (step.vector * element_size(dtype) != kVectorBytes) return plan;
+  plan.step = step;
+  int64_t threads = kBlockThreads;
+  plan.step.splits = 1;
+  if (step.rows) {
+    RowView& view = plan.step.row_view;
+    view.split_vectors = view.shape.outer * view.run_vectors;
+    view.splits = 1;
+    plan.thread_vectors = divide_up(view.split_vectors, kBlockThreads);
+  } else {
+    ColumnView& view = plan.step.column_view;
+    if (view.phases > 1) return plan;
+    view.phase_rows = view.rows();
+    view.splits = 1;
+    plan.thread_vectors = divide_up(view.rows(), view.lanes);
+    threads = int64_t(view.lanes) * view.tile_vectors;
+  }
+  const int64_t limit =
+      std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_multiprocessor / 2 - kReservedBytes);
+  if (plan.thread_vectors > limit / (inputs * kVectorBytes * threads)) return plan;
+  const int64_t sums = step.rows ? 1 : step.vector;
+  const int64_t shared_bytes = plan.thread_vectors * inputs * kVectorBytes * threads +
+                               sums * item_bytes * kBlockThreads + step.tile_channels() * coefficient_bytes;
+  plan.shared_bytes = static_cast<size_t>(shared_bytes);
+  plan.fits = shared_bytes <= limit;
+  return plan;
+}
+
 }  // namespace
 
 Alignment alignment_of(DType dtype, std::initializer_list<const void*> tensors) {
@@ -149,6 +182,11 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits
   if (shape.elements() == 0) return plan;
   plan.normalize = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x, params.y}), limits);
   if (!params.batch_statistics) return plan;
+  if (params.record == nullptr) {
+    plan.resident = plan_resident(plan.normalize, params.dtype, 1, bytes_of<Moments>(1, params.dtype),
+                                  bytes_of<NormalizeCoefficients>(1, params.dtype), limits);
+    if (plan.resident.fits) return plan;
+  }
   plan.statistics = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x}), limits);
   const int64_t partials = partial_results(shape, plan.statistics);
   plan.coefficients_offset = round_up(bytes_of<Moments>(partials, params.dtype), kWorkspaceAlignment);
@@ -164,6 +202,13 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   plan.needs_sums = params.dweight.data != nullptr || params.dbias.data != nullptr ||
                     (dx && params.batch_statistics && params.joined.count == nullptr);
   plan.needs_input_gradient = dx && (params.batch_statistics || !plan.needs_sums);
+  if (plan.needs_sums && plan.needs_input_gradient) {
+    const Alignment alignment = alignment_of(params.dtype, {params.dy, params.x, params.dx});
+    plan.resident = plan_resident(plan_step(shape, params.dtype, alignment, limits), params.dtype, 2,
+                                  bytes_of<GradientPartial>(1, params.dtype),
+                                  bytes_of<InputGradientCoefficients>(1, params.dtype), limits);
+    if (plan.resident.fits) return plan;
+  }
   if (plan.needs_sums) {
     const void* const written = plan.needs_input_gradient ? nullptr : params.dx;
     plan.sums = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.dy, params.x, written}), limits);

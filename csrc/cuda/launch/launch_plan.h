@@ -43,12 +43,23 @@ struct StepPlan {
 };
 StepPlan plan_step(Shape shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits);
 
+// One launch of `resident`, where a tile's channels, of each of `inputs` tensors, fit into the shared memory of a
+// block.
+struct ResidentPlan {
+  bool fits;
+  StepPlan step;  // unsplit
+  int64_t thread_vectors;
+  size_t shared_bytes;
+};
+
 // Workspace: the partial results of the reducing step, then the coefficients of the mapping step.
 struct ForwardPlan {
+  ResidentPlan resident;  // if it fits, instead of the steps
   StepPlan statistics, normalize;
   size_t coefficients_offset, workspace_bytes;
 };
 struct BackwardPlan {
+  ResidentPlan resident;  // if it fits, instead of the steps
   StepPlan sums, input_gradient;
   bool needs_sums, needs_input_gradient;  // which of the two steps run; evaluation mode has both in the first
   size_t coefficients_offset, workspace_bytes;

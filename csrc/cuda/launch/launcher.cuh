@@ -11,6 +11,7 @@
 
 #include "cuda/kernels/pointwise.cuh"
 #include "cuda/kernels/reduce.cuh"
+#include "cuda/kernels/resident.cuh"
 #include "cuda/launch/launch_plan.h"
 
 namespace batchnorm_ext::cuda {
@@ -19,6 +20,8 @@ inline void check(cudaError_t status, const char* step) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("batchnorm_ext: CUDA step ") + step + " failed: " + cudaGetErrorString(status));
 }
+
+constexpr size_t kSharedBytesWithoutConsent = 48 * 1024;
 
 // A parameter's type is the kernel's; arguments only convert to it.
 template <class V>
@@ -36,6 +39,10 @@ void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...)
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  if (shared_bytes > kSharedBytesWithoutConsent) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          step);
+  }
   check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
 }
 
@@ -62,7 +69,7 @@ void launch_reduce(const char* step, const StepPlan& plan, const Op& op, cudaStr
     using View = std::decay_t<decltype(view)>;
     constexpr int kWidth = decltype(width)::value;
     constexpr size_t kSharedBytes = kBlockThreads * kChannelsPerThread<View, kWidth> * sizeof(typename Op::Item);
-    static_assert(kSharedBytes <= 48 * 1024, "more needs the kernel's consent");
+    static_assert(kSharedBytes <= kSharedBytesWithoutConsent);
     launch(step, stream, reduce<Op, View, kWidth, kBlockThreads>, plan.tiles, plan.splits, kBlockThreads, kSharedBytes,
            view, op);
   });
@@ -75,6 +82,16 @@ void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cuda
     const size_t shared_bytes = static_cast<size_t>(plan.tile_channels()) * sizeof(typename Op::Coefficients);
     launch(step, stream, pointwise<Op, View, decltype(width)::value, kBlockThreads>, plan.tiles, plan.splits,
            kBlockThreads, shared_bytes, view, op);
+  });
+}
+
+template <class Op>
+void launch_resident(const char* step, const ResidentPlan& plan, const Op& op, typename Op::T* output,
+                     int64_t* num_batches_tracked, cudaStream_t stream) {
+  with_view<typename Op::T, true>(plan.step, [&](const auto& view, auto width) {
+    using View = std::decay_t<decltype(view)>;
+    launch(step, stream, resident<Op, View, decltype(width)::value, kBlockThreads>, plan.step.tiles, 1, kBlockThreads,
+           plan.shared_bytes, view, op, static_cast<int>(plan.thread_vectors), output, num_batches_tracked);
   });
 }
 

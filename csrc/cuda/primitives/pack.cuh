@@ -25,16 +25,28 @@ struct Pack {
   T values[kVector];
 };
 
-// Everything is loaded for the last time or from a pass that no other thread repeats soon: evict first, so that what
-// the second-level cache holds is what a later pass will want.
+// A whole vector as one value of the memory system.
+template <class T, int kVector>
+__device__ __forceinline__ uint4 bits_of(const Pack<T, kVector>& pack) {
+  static_assert(sizeof(pack) == kVectorBytes);
+  uint4 bits;
+  memcpy(&bits, &pack, sizeof(bits));
+  return bits;
+}
+template <class T, int kVector>
+__device__ __forceinline__ void set_bits(Pack<T, kVector>& pack, const uint4& bits) {
+  static_assert(sizeof(pack) == kVectorBytes);
+  memcpy(&pack, &bits, sizeof(bits));
+}
+
+// What no one will want soon is marked to leave the second-level cache first.
 enum class Reuse { soon, none };
 
 template <bool kWhole, Reuse kReuse, class T, int kVector>
 __device__ __forceinline__ void load(Pack<T, kVector>& pack, const T* tensor, const Slot& slot) {
   if constexpr (kWhole && kVector * sizeof(T) == kVectorBytes) {
     const uint4* const address = reinterpret_cast<const uint4*>(tensor + slot.offset);
-    const uint4 bits = kReuse == Reuse::none ? __ldcs(address) : __ldg(address);
-    memcpy(&pack, &bits, sizeof(pack));
+    set_bits(pack, kReuse == Reuse::none ? __ldcs(address) : __ldg(address));
   } else {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
@@ -43,11 +55,21 @@ __device__ __forceinline__ void load(Pack<T, kVector>& pack, const T* tensor, co
   }
 }
 
+// The same slots of each of several tensors: all loads are issued before any is waited for.
+template <bool kWhole, Reuse kReuse, class T, int kVector, int kInputs, int kUnroll>
+__device__ __forceinline__ void load(Pack<T, kVector> (&packs)[kInputs][kUnroll], const T* const (&tensors)[kInputs],
+                                     const Slot (&slots)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) load<kWhole, kReuse>(packs[i][u], tensors[i], slots[u]);
+  }
+}
+
 template <bool kWhole, class T, int kVector>
 __device__ __forceinline__ void store(const Pack<T, kVector>& pack, T* tensor, const Slot& slot, Reuse reuse) {
   if constexpr (kWhole && kVector * sizeof(T) == kVectorBytes) {
-    uint4 bits;
-    memcpy(&bits, &pack, sizeof(pack));
+    const uint4 bits = bits_of(pack);
     uint4* const address = reinterpret_cast<uint4*>(tensor + slot.offset);
     if (reuse == Reuse::none) {
       __stcs(address, bits);

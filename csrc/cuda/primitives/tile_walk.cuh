@@ -44,6 +44,8 @@ class TileWalk<RowView, kVector, kThreads> {
   }
 
   __device__ int64_t count() const { return count_; }
+  // Threads from here on visit nothing.
+  __device__ int active_threads() const { return kThreads; }
 
   __device__ __forceinline__ Slot next() {
     const int head = static_cast<int>(run_start_ + misalignment_) & (kVector - 1);
@@ -117,6 +119,7 @@ class TileWalk<ColumnView, kVector, kThreads> {
   }
 
   __device__ int64_t count() const { return count_; }
+  __device__ int active_threads() const { return lanes_ * tile_elements_ / kVector; }
 
   __device__ __forceinline__ Slot next() {
     const int64_t left = elements_ - offset_;  // the last row may end early
@@ -171,29 +174,28 @@ struct Constant {
 
 // Blocks that a multiprocessor should hold at once, which bounds a thread's registers: what the state of eight channels
 // a thread leaves room for without spills, else enough to have more loads in flight.
-template <class T, class View>
+template <class T>
 constexpr int kBlocksAtOnce = sizeof(T) == 2 ? 2 : 3;
 
-// Calls visit(slots, whole, first) with kUnroll slots at a time, so that their loads are in flight together; `whole` is
-// a constant: whether every element of each is meant; `first` is true in the first call. Missing slots at the end are
-// empty.
+// Calls visit(slots, whole, index) with kUnroll slots at a time, so that their loads are in flight together; `whole` is
+// a constant: whether every element of each is meant; `index` counts the slots before these. Missing slots at the end
+// are empty.
 template <int kUnroll, int kVector, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
-  bool first = true;
-  for (int64_t left = walk.count(); left > 0; left -= kUnroll) {
+  const int64_t count = walk.count();
+  for (int64_t index = 0; index < count; index += kUnroll) {
     Slot slots[kUnroll];
-    bool whole = left >= kUnroll;
+    bool whole = count - index >= kUnroll;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      slots[u] = u < left ? walk.next() : Slot{0, 0, 0};
+      slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0};
       whole = whole && slots[u].low == 0 && slots[u].high == kVector;
     }
     if (whole) {
-      visit(slots, Constant<true>{}, first);
+      visit(slots, Constant<true>{}, index);
     } else {
-      visit(slots, Constant<false>{}, first);
+      visit(slots, Constant<false>{}, index);
     }
-    first = false;
   }
 }
 
