@@ -203,8 +203,8 @@ class SyncBatchNorm(BatchNormNd):
     with the statistics merged as in Chan, Golub and LeVeque, 1979); outputs, input gradients and running statistics
     are those of one process that sees the whole batch, and parameter gradients become so under
     DistributedDataParallel. One collective in forward and one in backward, on any backend that torch.distributed has
-    for the device, gloo on the CPU included; the host waits for neither. Ranks may have different numbers of samples,
-    also none.
+    for the device, gloo on the CPU included; the host waits for neither. At a module's first call one more lets the
+    ranks compare channels and dtype. Ranks may have different numbers of samples, also none.
 
     In evaluation, when frozen, without an initialised process group, and in a group of one, this is the plain batch
     norm of this package, without a collective.
