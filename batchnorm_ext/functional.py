@@ -178,7 +178,9 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         # An exported program outlives this process: it is given torch's operator, which everyone has.
-        return not torch.compiler.is_exporting() and _operators.operators_available()
+        # Not is_exporting(), which torch 2.11 answers with True in torch.compile as well.
+        exporting = torch.compiler._is_exporting_flag
+        return not exporting and _operators.operators_available()
     return not (
         input.layout != torch.strided
         or torch.jit.is_tracing()
