@@ -276,12 +276,13 @@ def describe(toolkit: Toolkit | None) -> Build:
         host: list[str] = []
         link = ["/DEBUG"] if debug else []
     else:
+        # Python's own flags may ask for debug information, which doubles the compile time.
+        cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
         # Contraction would make a result depend on the instruction set: kernels say where they
         # mean a fused multiply-add.
-        cxx = ["-O0", "-g"] if debug else ["-O3"]
         cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
         host = ["-Xcompiler=-fvisibility=hidden"]
-        link = [] if debug or sys.platform == "darwin" else ["-Wl,--strip-debug"]
+        link = []
         if sys.platform.startswith("linux"):  # at::parallel_for is compiled into its caller
             cxx.append("-fopenmp")
             link.append("-fopenmp")
