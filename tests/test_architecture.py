@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "_extension": {"_build", "_reference"},
     "_operators": {"_extension", "_reference"},
     "autograd": {"_operators", "_reference"},
-    "functional": {"autograd", "_operators", "_extension"},
+    "functional": {"autograd", "_operators", "_extension", "_reference"},
     "modules": {"functional"},
     "convert": {"modules"},
     "distributed": {"convert", "modules", "functional", "autograd", "_operators", "_reference"},
