@@ -40,7 +40,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
                            : shape.outer >= rows_for_two_vectors ? 2 * lanes
                                                                  : lanes;
   blocking.columns = shape.inner < shortest;
-  blocking.stream = traffic.writes && tensor_bytes * (traffic.inputs + 1) > shared_cache;
+  blocking.stream = traffic.writes && tensor_bytes * (traffic.inputs + 1) > 2 * shared_cache;
 
   const int64_t widest = blocking.columns ? max_columns / shape.inner
                          : traffic.sums   ? max_block_channels
