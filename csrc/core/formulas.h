@@ -49,15 +49,16 @@ BN_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, doub
   return {rounded, static_cast<A>(scale), static_cast<A>(residue == residue ? bias - residue * scale : bias)};
 }
 
-// dx = dy_scale * (dy - mean_dy) - x_scale * (x - mean) for one channel: the gradient of the normalised output through
-// x, the batch mean and the batch variance. With running statistics only the first term, with mean_dy = 0, remains.
+// dx = dy_scale * ((dy - mean_dy) - x_scale * (x - mean)) for one channel: the gradient of the normalised output
+// through x, the batch mean and the batch variance. With running statistics only dy_scale * dy remains. The two scales
+// are kept apart because their product, of order inv_std^2, underflows for very large deviations.
 template <class A>
 struct InputGradientCoefficients {
   A mean, dy_scale, mean_dy, x_scale;
 
   template <class V>
   BN_HOST_DEVICE V operator()(V dy, V x) const {
-    return multiply_add(V(mean) - x, V(x_scale), (dy - V(mean_dy)) * V(dy_scale));
+    return multiply_add(V(mean) - x, V(x_scale), dy - V(mean_dy)) * V(dy_scale);
   }
   template <class V>
   BN_HOST_DEVICE V operator()(V dy) const {  // running statistics
@@ -69,10 +70,9 @@ struct InputGradientCoefficients {
 template <class A>
 BN_HOST_DEVICE InputGradientCoefficients<A> input_gradient_coefficients(A mean, A inv_std, A weight, double sum_dy,
                                                                         double sum_dy_xhat, int64_t samples) {
-  const double dy_scale = static_cast<double>(inv_std) * static_cast<double>(weight);
   const double count = static_cast<double>(samples);
-  return {mean, static_cast<A>(dy_scale), static_cast<A>(sum_dy / count),
-          static_cast<A>(dy_scale * static_cast<double>(inv_std) * (sum_dy_xhat / count))};
+  return {mean, inv_std * weight, static_cast<A>(sum_dy / count),
+          static_cast<A>(static_cast<double>(inv_std) * (sum_dy_xhat / count))};
 }
 
 // The weight of this batch in the running statistics. `batches` counts this batch too.
