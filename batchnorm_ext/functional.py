@@ -95,34 +95,24 @@ def batch_norm_with_counter(
     skip_nonfinite: bool,
 ) -> Tensor:
     """Apply `batch_norm`; in training also count the batch, which ``momentum=None`` (cumulative average) needs."""
+    call = (
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+    )
     if not torch.compiler.is_compiling():
-        output = backend().fast_path(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            skip_nonfinite,
-        )
+        output = backend().fast_path(*call)
         if output is not None:
             return output
     if not _kernels_apply(input, running_mean, running_var, weight, bias, num_batches_tracked):
-        return _torch_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            skip_nonfinite,
-        )
+        return _torch_batch_norm(*call)
     if training:
         _check_batch_size(input)
     if (running_mean is None) != (running_var is None) and training:
