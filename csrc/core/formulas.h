@@ -39,14 +39,21 @@ struct NormalizeCoefficients {
   }
 };
 
+// Of the rounded inv_std, so that backward, which knows no other, has the same scale.
+template <class A>
+BN_HOST_DEVICE A normalize_scale(A inv_std, double weight) {
+  return static_cast<A>(static_cast<double>(inv_std) * weight);
+}
+
 template <class A>
 BN_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, double inv_std, double weight,
                                                                double bias) {
-  const double scale = inv_std * weight;
+  const double scale = static_cast<double>(static_cast<A>(inv_std)) * weight;
   const A rounded = static_cast<A>(mean);
   const double residue = mean - static_cast<double>(rounded);
   // An infinite mean has no residue to carry over (inf - inf is NaN, but the output must be torch's).
-  return {rounded, static_cast<A>(scale), static_cast<A>(residue == residue ? bias - residue * scale : bias)};
+  return {rounded, normalize_scale(static_cast<A>(inv_std), weight),
+          static_cast<A>(residue == residue ? bias - residue * scale : bias)};
 }
 
 // dx = dy_scale * ((dy - mean_dy) - x_scale * (x - mean)) for one channel: the gradient of the normalised output

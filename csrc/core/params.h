@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
 #include "core/dtype.h"
 
 namespace batchnorm_ext {
@@ -78,11 +79,27 @@ struct RunningStatistics {
   bool skip_nonfinite = false;             // a channel with a non-finite batch mean or variance keeps its old values
 };
 
+// What follows the normalisation of an element: y = activation(u), u = batch_norm(x) + residual.
+struct Epilogue {
+  Activation activation = Activation::identity;
+  double negative_slope = 0.0;     // of leaky_relu
+  const void* residual = nullptr;  // of the shape, dtype and memory order of x
+
+  BN_HOST_DEVICE bool empty() const { return activation == Activation::identity && residual == nullptr; }
+};
+
+// Bytes of a mask with one bit for each element, set where u passes relu or leaky_relu. Which bit is whose is the
+// backend's affair: it is the same in forward and backward. Enough for rows of whole bytes, whatever the rows are.
+BN_HOST_DEVICE int64_t mask_bytes(const Shape& shape) {
+  return shape.inner == 1 ? shape.outer * ((shape.channels + 7) / 8)
+                          : shape.outer * shape.channels * ((shape.inner + 7) / 8);
+}
+
 // Pointers to tensors are aligned to their element size only, and x, y, dy and dx each in their own way.
 
 // Training (batch_statistics): statistics of x normalise, are saved, and update `running`.
 // Evaluation: `running` mean and variance normalise and are only read.
-// x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type.
+// x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type. y may be x.
 struct ForwardParams {
   Shape shape;
   DType dtype;  // of x and y
@@ -94,6 +111,9 @@ struct ForwardParams {
   bool batch_statistics;
   void* mean;
   void* inv_std;
+  Epilogue epilogue;
+  void* shift = nullptr;    // if not null: saved too, so that backward computes u to the same bit
+  uint8_t* mask = nullptr;  // if not null: mask_bytes, written whole
   // Not null: the step channel_statistics alone. This batch becomes a record {signature, count, means, m2s} of
   // 2 * channels + 2 values; y, mean, inv_std and what `running` points to are null.
   double* record = nullptr;
@@ -119,7 +139,8 @@ struct JoinedSums {
 };
 
 // Gradients of the forward call; null outputs are not computed. x may be null when only dbias, or in evaluation only
-// dx and dbias, are asked for.
+// dx and dbias, are asked for. Behind an activation all of them follow from dy * activation'(u), which is dresidual. u
+// is that of `mask`, or else computed from x, epilogue.residual and `shift`.
 struct BackwardParams {
   Shape shape;
   DType dtype;  // of x, dy and dx
@@ -132,6 +153,11 @@ struct BackwardParams {
   MutableChannelVector dweight, dbias;
   bool batch_statistics;
   JoinedSums joined;  // not null: the step input_gradient alone, with these sums; dweight and dbias are null
+  Epilogue epilogue;
+  const void* shift = nullptr;
+  const uint8_t* mask = nullptr;
+  void* dresidual = nullptr;
+  bool x_is_output = false;  // x holds y, written in place: it is inverted, by activation, shift and scale
 };
 
 }  // namespace batchnorm_ext
