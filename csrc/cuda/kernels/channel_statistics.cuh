@@ -84,20 +84,22 @@ struct ChannelStatistics {
                              samples);
   }
 
-  template <class At>
-  __device__ __forceinline__ Item fold(At&& at, int items, int lane, int width) const {
-    return fold_moments<A>(at, items, lane, width);
+  template <class V, class At>
+  __device__ __forceinline__ Moments<V> fold(At&& at, int items, int lane, int width) const {
+    return fold_moments<V>(at, items, lane, width);
   }
 
-  // Called by whole warps, where all of a channel was summed.
-  __device__ __forceinline__ void complete(int64_t channel, const Item& total, bool active, Coefficients* to) const {
-    finalize(channel, {static_cast<double>(total.mean), static_cast<double>(total.m2), total.count}, active, to);
+  // Called by whole warps, where all of a channel was summed. One block of those that call it for a channel `saves`.
+  template <class V>
+  __device__ __forceinline__ void complete(int64_t channel, const Moments<V>& total, bool active, bool saves,
+                                           Coefficients* to) const {
+    finalize(channel, {static_cast<double>(total.mean), static_cast<double>(total.m2), total.count}, active, saves, to);
   }
 
   // Called by whole warps.
   __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
     if (splits == 1) {
-      complete(channel, total, active, coefficients + channel);
+      complete(channel, total, active, true, coefficients + channel);
     } else if (active) {
       partials[channel * splits + split] = total;
     }

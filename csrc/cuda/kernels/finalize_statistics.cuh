@@ -58,8 +58,8 @@ struct FinalizeStatistics {
   double signature;
 
   // Called by whole warps; `moments` are around the channel's pivot and matter in active threads only. The channel's
-  // coefficients go to *coefficients.
-  __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active,
+  // coefficients go to *coefficients, and where it `saves`, all else to its place.
+  __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active, bool saves,
                                              NormalizeCoefficients<A>* coefficients) const {
     if (active) moments.mean += channel_pivot(x, shape, channel);
     if constexpr (kSquaresOverflow<T>) {
@@ -82,10 +82,11 @@ struct FinalizeStatistics {
       return;
     }
     const double channel_inv_std = inverse_std(variance_of(moments), eps);
-    mean[channel] = static_cast<A>(moments.mean);
-    inv_std[channel] = static_cast<A>(channel_inv_std);
     *coefficients =
         normalize_coefficients<A>(moments.mean, channel_inv_std, weight.load(channel, 1.0), bias.load(channel, 0.0));
+    if (!saves) return;
+    mean[channel] = static_cast<A>(moments.mean);
+    inv_std[channel] = static_cast<A>(channel_inv_std);
     if (running.mean.data == nullptr && running.variance.data == nullptr) return;
     const int64_t batches = running.num_batches_tracked == nullptr ? 1 : *running.num_batches_tracked + 1;
     update_running_statistics(running, channel, moments, running_momentum(running, batches));
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= finalize.shape.channels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
-  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0,
+  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0, true,
            coefficients + channel);
 }
 

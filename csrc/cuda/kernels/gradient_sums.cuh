@@ -36,7 +36,8 @@ struct FinalizeGradients {
   bool input_gradient_follows;  // and wants the channel's coefficients
   JoinedSums joined;            // not null: the sums that the input gradient follows from
 
-  __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums,
+  // The channel's coefficients go to *coefficients, and where it `saves`, the gradients to their places.
+  __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums, bool saves,
                                              InputGradientCoefficients<A>* coefficients) const {
     if (joined.count != nullptr) {
       *coefficients = coefficients_of(channel, joined.sum_dy[channel], joined.sum_dy_xhat[channel],
@@ -44,8 +45,10 @@ struct FinalizeGradients {
       return;
     }
     const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(inv_std[channel]);
-    dweight.store(channel, sum_dy_xhat);
-    dbias.store(channel, sums.sum_dy);
+    if (saves) {
+      dweight.store(channel, sum_dy_xhat);
+      dbias.store(channel, sums.sum_dy);
+    }
     if (input_gradient_follows) {
       *coefficients = coefficients_of(channel, sums.sum_dy, sum_dy_xhat, shape.samples());
     }
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
   const auto sums = fold_gradient_sums<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp);
-  if (lane == 0) finalize(channel, sums, finalize.input_gradient_follows ? coefficients + channel : nullptr);
+  if (lane == 0) finalize(channel, sums, true, finalize.input_gradient_follows ? coefficients + channel : nullptr);
 }
 
 // With kInputGradient also dx of evaluation mode, which needs no sum first: dx = dy * dy_scale.
@@ -135,19 +138,22 @@ struct GradientSums {
     return {sums.sum_dy, sums.sum_dy_xmu};
   }
 
-  template <class At>
-  __device__ __forceinline__ Item fold(At&& at, int items, int lane, int width) const {
-    return fold_gradient_sums<A>(at, items, lane, width);
+  template <class V, class At>
+  __device__ __forceinline__ GradientPartial<V> fold(At&& at, int items, int lane, int width) const {
+    return fold_gradient_sums<V>(at, items, lane, width);
   }
 
-  // Where all of a channel was summed.
-  __device__ __forceinline__ void complete(int64_t channel, const Item& total, bool active, Coefficients* to) const {
-    if (active) finalize(channel, {static_cast<double>(total.sum_dy), static_cast<double>(total.sum_dy_xmu)}, to);
+  // Where all of a channel was summed. One block of those that call it for a channel `saves`.
+  template <class V>
+  __device__ __forceinline__ void complete(int64_t channel, const GradientPartial<V>& total, bool active, bool saves,
+                                           Coefficients* to) const {
+    if (!active) return;
+    finalize(channel, {static_cast<double>(total.sum_dy), static_cast<double>(total.sum_dy_xmu)}, saves, to);
   }
 
   __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
     if (splits == 1) {
-      complete(channel, total, active, finalize.input_gradient_follows ? coefficients + channel : nullptr);
+      complete(channel, total, active, true, finalize.input_gradient_follows ? coefficients + channel : nullptr);
     } else if (active) {
       partials[channel * splits + split] = total;
     }

@@ -33,8 +33,8 @@ __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const
   for (int first = 0; first + warp_first < tile.count; first += kThreads / width) {
     const int j = first + own;
     const bool active = j < tile.count;
-    const auto total =
-        op.fold([&](int i) { return items[walk.fold_index(j, i)]; }, active ? walk.fold_items() : 0, lane, width);
+    const auto total = op.template fold<typename Op::A>([&](int i) { return items[walk.fold_index(j, i)]; },
+                                                        active ? walk.fold_items() : 0, lane, width);
     complete(j, total, active && lane == 0);
   }
 }

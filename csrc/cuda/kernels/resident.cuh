@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   });
 
   fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const Item& total, bool active) {
-    op.complete(tile.first + j, total, active, of_tile + j);
+    op.complete(tile.first + j, total, active, true, of_tile + j);
   });
   if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *num_batches_tracked += 1;
   __syncthreads();
