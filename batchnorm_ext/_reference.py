@@ -63,6 +63,16 @@ def check_channel_vector(name: str, vector: Tensor | None, input: Tensor) -> Non
         )
 
 
+def _check_written(name: str, buffer: Tensor | None) -> None:
+    if buffer is not None and any(
+        size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            f"{name} is updated, and so must have memory for each of its elements, got strides "
+            f"{list(buffer.stride())}; clone() it"
+        )
+
+
 def _check_input(input: Tensor) -> None:
     if input.dim() < 2:
         raise RuntimeError(f"input must have shape (N, C, ...), got {list(input.shape)}")
@@ -86,8 +96,15 @@ def _check_counter(counter: Tensor | None, input: Tensor) -> None:
 
 def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased variance and ``1 / sqrt(variance + eps)`` of each channel in float64, differentiably."""
-    variance, mean = torch.var_mean(x.to(torch.float64), reduced_dims(x), correction=0)
+    mean, variance = _mean_and_variance(x)
     return mean, variance, (variance + eps).rsqrt()
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.float64)
+    variance, mean = torch.var_mean(wide, reduced_dims(x), correction=0)
+    # Updated value by value, a mean becomes inf - inf = NaN where the mean of all values is infinite.
+    return torch.where(mean.isnan(), wide.mean(reduced_dims(x)), mean), variance
 
 
 def _factor(momentum: float | None, counter: Tensor | None) -> float | Tensor:
@@ -139,6 +156,9 @@ def forward(
     ):
         check_channel_vector(name, vector, input)
     _check_counter(num_batches_tracked, input)
+    if training:
+        _check_written("running_mean", running_mean)
+        _check_written("running_var", running_var)
     tracked = training and running_mean is not None and running_var is not None
     if not training and running_mean is None:
         raise RuntimeError("running_mean must be defined in evaluation mode")
@@ -271,7 +291,7 @@ def channel_statistics(input: Tensor) -> Tensor:
     record[0] = signature(input)
     record[1] = samples
     if samples > 0:
-        variance, mean = torch.var_mean(input.to(torch.float64), reduced_dims(input), correction=0)
+        mean, variance = _mean_and_variance(input)
         record[RECORD_HEADER : RECORD_HEADER + channels] = mean
         record[RECORD_HEADER + channels :] = variance * samples
     return record
@@ -290,6 +310,8 @@ def finalize_statistics(
     The merge is that of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
     sample variances". Rows that count no samples do not matter.
     """
+    _check_written("running_mean", running_mean)
+    _check_written("running_var", running_var)
     channels = (records.size(1) - RECORD_HEADER) // 2
     counts = records[:, 1:RECORD_HEADER]
     means, m2s = records[:, RECORD_HEADER:].split(channels, dim=1)
@@ -298,7 +320,10 @@ def finalize_statistics(
     divisor = torch.where(empty, 1.0, count)
     # Around one of the means, so that a large mean common to all costs nothing.
     pivot = means[0]
-    mean = pivot + (counts / divisor * (means - pivot)).sum(0)
+    shares = counts / divisor
+    mean = pivot + (shares * (means - pivot)).sum(0)
+    # An infinite mean among them is no pivot, but makes the mean of all infinite.
+    mean = torch.where(mean.isnan(), (shares * means).sum(0), mean)
     m2 = (m2s + counts * (means - mean).square()).sum(0)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import warnings
@@ -187,6 +188,19 @@ def test_bitwise_the_same_on_every_rank_and_repeatable(ranks, count):
 # ---- options ------------------------------------------------------------------------------------
 
 
+def survives_poison(mine: torch.Tensor, own: float | None, poison: float) -> None:
+    poisoned = mine.clone()
+    if own is not None:
+        poisoned[0, 1, 0] = own
+    guarded, unguarded = SyncBatchNorm(3, skip_nonfinite=True).double(), SyncBatchNorm(3).double()
+    guarded(poisoned)
+    unguarded(poisoned)
+    assert guarded.running_mean[1] == 0
+    assert guarded.running_var[1] == 1
+    assert_bitwise(unguarded.running_mean[1], torch.tensor(poison).double())
+    assert_bitwise(guarded.running_mean[::2], unguarded.running_mean[::2])
+
+
 def options_hold(rank: int) -> None:
     x = tensor(6, 3, 4)
     mine = x[:4] if rank == 0 else x[4:]
@@ -214,16 +228,8 @@ def options_hold(rank: int) -> None:
     assert_bitwise(cleared.running_mean, torch.zeros(3))
     assert cleared.num_batches_tracked == 0
 
-    poisoned = mine.clone()
-    if rank == 1:
-        poisoned[0, 1] = float("nan")
-    guarded, unguarded = SyncBatchNorm(3, skip_nonfinite=True).double(), SyncBatchNorm(3).double()
-    guarded(poisoned)
-    unguarded(poisoned)
-    assert guarded.running_mean[1] == 0
-    assert guarded.running_var[1] == 1
-    assert unguarded.running_mean.isnan().tolist() == [False, True, False]
-    assert_bitwise(guarded.running_mean[::2], unguarded.running_mean[::2])
+    for poison, poisoned_rank in ((math.nan, 1), (math.inf, 0), (-math.inf, 1)):
+        survives_poison(mine, poison if rank == poisoned_rank else None, poison)
 
     with torch.no_grad():
         module = SyncBatchNorm(3).double()

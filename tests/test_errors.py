@@ -137,6 +137,21 @@ def test_vector_of_another_rank_is_refused(device):
         assert str(error) == f"{name} must have shape [3] (channels of input), got [3, 1]"
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_expanded_buffers_are_refused_where_they_would_be_updated(name, device):
+    """Torch's operator leaves the last channel's statistics in all of them."""
+    expanded = torch.full((1,), 0.5, device=device).expand(3)
+    error = call_with(batch_norm, device=device, **{name: expanded})
+    assert type(error) is RuntimeError
+    assert str(error).startswith(f"{name} is updated, and so must have memory for each")
+    x = torch.randn(4, 3, 5, device=device)
+    arguments = (torch.zeros(3, device=device), torch.full((3,), 0.5, device=device))
+    expected = batch_norm(x, *arguments)
+    assert_bitwise(batch_norm(x, arguments[0], expanded[:1].expand(3)), expected)
+    one_channel = batch_norm(x[:, :1], *(a[:1].expand(1) for a in arguments), training=True)
+    assert one_channel.isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_vectors_on_another_device(name):

@@ -237,20 +237,27 @@ def test_skipped_channel_keeps_its_statistics_to_the_bit(bad, device):
     assert not torch.equal(module.running_mean[0], before[0][0])
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_nonfinite_statistics_without_skipping_are_torchs(bad, device):
-    """Which values are finite, and those; inf and NaN depend on the order of torch's sums, too."""
-    results = []
-    for family in (batchnorm_ext, nn):
-        torch.manual_seed(0)
-        module = family.BatchNorm2d(3, device=device)
-        (x,) = batches(1, device=device)
-        x[0, 1, 2, 2] = bad
-        y = module(x)
-        results.append(
-            [torch.nan_to_num(t, math.inf, math.inf, math.inf) for t in (y, *module.buffers())]
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (8, 3, 120, 120)], ids=["small", "split"])
+@pytest.mark.parametrize(
+    "values", [*([value] for value in BAD.values()), [math.inf, -math.inf]], ids=str
+)
+def test_nonfinite_statistics_without_skipping_are_those_of_the_values(
+    values, shape, layout, device
+):
+    """The mean of values one of which is infinite is infinite, wherever it stands; as torch's on the CPU."""
+    for first in (0, shape[0] - 1):
+        module = BatchNorm2d(3, device=device)
+        x = torch.randn(shape, device=device).contiguous(memory_format=getattr(torch, layout))
+        for index, value in enumerate(values):
+            x[first - index, 1, 2, 2] = value
+        module(x)
+        statistics = torch.stack((module.running_mean, module.running_var))
+        exact = x.double()
+        expected = torch.stack((exact.mean((0, 2, 3)) * 0.1, exact.var((0, 2, 3)) * 0.1 + 0.9))
+        torch.testing.assert_close(
+            statistics.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True
         )
-    torch.testing.assert_close(results[0], results[1])
 
 
 def test_gradient_of_a_nonfinite_channel_leaves_the_others(device):

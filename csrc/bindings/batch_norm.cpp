@@ -22,6 +22,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, input));
   const Tensor bias = contiguous_or_undefined(checked_channel_vector("bias", bias_arg, input));
   const Tensor counter = checked_counter(counter_arg, input);
+  if (training) {
+    check_written("running_mean", running_mean);
+    check_written("running_var", running_var);
+  }
   TORCH_CHECK(training || running_mean.defined(), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(training || running_var.defined(), "running_var must be defined in evaluation mode");
   TORCH_CHECK(momentum.has_value() || !training || !running_mean.defined() || counter.defined(),

@@ -25,6 +25,7 @@ Tensor checked_running_vector(const char* name, const OptionalTensor& vector, in
   TORCH_CHECK(vector->dim() == 1 && vector->numel() == channels, name, " should contain ", channels, " elements not ",
               vector->numel());
   TORCH_CHECK(vector->device() == records.device(), name, " must be on ", records.device(), ", got ", vector->device());
+  check_written(name, *vector);
   return *vector;
 }
 

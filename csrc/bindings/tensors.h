@@ -1,6 +1,7 @@
 // Checks arguments and turns tensors into the core's params: dense layouts, per-channel vectors, running statistics.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 
@@ -74,6 +75,13 @@ inline Tensor checked_channel_vector(const char* name, const OptionalTensor& vec
               c10::toString(accumulate), ", but ", name, " has ", c10::toString(vector->scalar_type()),
               " for an input of ", c10::toString(input.scalar_type()));
   return *vector;
+}
+
+// A buffer about to be updated. An expanded one would keep what the last channel left.
+inline void check_written(const char* name, const Tensor& buffer) {
+  TORCH_CHECK(!buffer.defined() || at::has_internal_overlap(buffer) != at::MemOverlap::Yes, name,
+              " is updated, and so must have memory for each of its elements, got strides ", buffer.strides(),
+              "; clone() it");
 }
 
 inline Tensor checked_counter(const OptionalTensor& counter, const Tensor& input) {

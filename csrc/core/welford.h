@@ -14,7 +14,8 @@ struct Moments {
 };
 
 // Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances". An empty
-// side leaves the other unchanged to the bit, and two sets with equal means keep that mean exactly.
+// side leaves the other unchanged to the bit, and two sets with equal means keep that mean exactly. The mean of values
+// one of which is infinite is infinite.
 template <class A>
 BN_HOST_DEVICE Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
   if (b.count == 0) return a;
@@ -22,7 +23,9 @@ BN_HOST_DEVICE Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
   const int64_t count = a.count + b.count;
   const A delta = b.mean - a.mean;
   const A b_share = static_cast<A>(b.count) / static_cast<A>(count);
-  return {a.mean + delta * b_share, a.m2 + b.m2 + delta * delta * (static_cast<A>(a.count) * b_share), count};
+  const A mean = a.mean + delta * b_share;
+  return {mean == mean ? mean : a.mean + b.mean, a.m2 + b.m2 + delta * delta * (static_cast<A>(a.count) * b_share),
+          count};
 }
 
 // Moments of `count` values from the sums of (value - pivot) and of (value - pivot)^2 around any pivot. Exact in the
