@@ -87,15 +87,26 @@ BN_HOST_DEVICE double running_momentum(const RunningStatistics& running, int64_t
   return running.cumulative ? 1.0 / static_cast<double>(batches) : running.momentum;
 }
 
-// running = (1 - momentum) * running + momentum * batch, with the unbiased variance. A single sample has no unbiased
-// variance: the division gives NaN or infinity, as torch's does.
+BN_HOST_DEVICE double running_average(double running, double batch, double momentum) {
+  return (1.0 - momentum) * running + momentum * batch;
+}
+
+// What goes into the running variance. A single sample has no unbiased variance: the division gives NaN or infinity, as
+// torch's does.
+BN_HOST_DEVICE double unbiased_variance_of(const Moments<double>& moments) {
+  return moments.m2 / static_cast<double>(moments.count - 1);
+}
+
+BN_HOST_DEVICE bool are_finite(double a, double b) {
+  return (a - a) + (b - b) == 0.0;
+}
+
 BN_HOST_DEVICE void update_running_statistics(const RunningStatistics& running, int64_t channel,
                                               const Moments<double>& moments, double momentum) {
-  const double unbiased = moments.m2 / static_cast<double>(moments.count - 1);
-  const double finite_if_zero = (moments.mean - moments.mean) + (unbiased - unbiased);
-  if (running.skip_nonfinite && finite_if_zero != 0.0) return;
-  running.mean.store(channel, (1.0 - momentum) * running.mean.load(channel, 0.0) + momentum * moments.mean);
-  running.variance.store(channel, (1.0 - momentum) * running.variance.load(channel, 0.0) + momentum * unbiased);
+  const double unbiased = unbiased_variance_of(moments);
+  if (running.skip_nonfinite && !are_finite(moments.mean, unbiased)) return;
+  running.mean.store(channel, running_average(running.mean.load(channel, 0.0), moments.mean, momentum));
+  running.variance.store(channel, running_average(running.variance.load(channel, 0.0), unbiased, momentum));
 }
 
 // One channel of finalize_statistics over records. Parts without samples do not matter, and a batch of none leaves the

@@ -101,6 +101,72 @@ struct PartialSums {
   double* second;
 };
 
+// ---- Vectors of one value a channel ----
+
+// What is done once a channel is done in loops over arrays of this many, which the compiler turns into vectors.
+constexpr int64_t channels_at_once = 64;
+using ChannelValues = double[channels_at_once];
+
+inline void read(const ChannelVector& vector, Range channels, double if_null, double* values) {
+  const auto copy = [&](const auto* data) {
+    for (int64_t i = 0; i < channels.size(); ++i) values[i] = static_cast<double>(widen(data[channels.begin + i]));
+  };
+  if (vector.data == nullptr) {
+    for (int64_t i = 0; i < channels.size(); ++i) values[i] = if_null;
+    return;
+  }
+  switch (vector.dtype) {
+    case DType::float64:
+      return copy(static_cast<const double*>(vector.data));
+    case DType::float32:
+      return copy(static_cast<const float*>(vector.data));
+    case DType::float16:
+      return copy(static_cast<const float16*>(vector.data));
+    case DType::bfloat16:
+      return copy(static_cast<const bfloat16*>(vector.data));
+  }
+}
+inline void read(const MutableChannelVector& vector, Range channels, double if_null, double* values) {
+  read(ChannelVector{vector.data, vector.dtype}, channels, if_null, values);
+}
+
+inline void write(const MutableChannelVector& vector, Range channels, const double* values) {
+  const auto copy = [&](auto* data) {
+    using T = std::remove_pointer_t<decltype(data)>;
+    for (int64_t i = 0; i < channels.size(); ++i) {
+      data[channels.begin + i] = narrow<T>(static_cast<accumulate_t<T>>(values[i]));
+    }
+  };
+  if (vector.data == nullptr) return;
+  switch (vector.dtype) {
+    case DType::float64:
+      return copy(static_cast<double*>(vector.data));
+    case DType::float32:
+      return copy(static_cast<float*>(vector.data));
+    case DType::float16:
+      return copy(static_cast<float16*>(vector.data));
+    case DType::bfloat16:
+      return copy(static_cast<bfloat16*>(vector.data));
+  }
+}
+
+// As update_running_statistics in core/formulas.h does channel by channel.
+inline void update_running_statistics(const RunningStatistics& running, Range channels, const double* means,
+                                      const double* m2s, int64_t count) {
+  if (running.mean.data == nullptr) return;
+  ChannelValues mean, variance;
+  read(running.mean, channels, 0.0, mean);
+  read(running.variance, channels, 0.0, variance);
+  for (int64_t i = 0; i < channels.size(); ++i) {
+    const double unbiased = unbiased_variance_of(Moments<double>{means[i], m2s[i], count});
+    const bool kept = running.skip_nonfinite && !are_finite(means[i], unbiased);
+    mean[i] = kept ? mean[i] : running_average(mean[i], means[i], running.momentum);
+    variance[i] = kept ? variance[i] : running_average(variance[i], unbiased, running.momentum);
+  }
+  write(running.mean, channels, mean);
+  write(running.variance, channels, variance);
+}
+
 // ---- Order of the steps ----
 
 template <class Task>
@@ -155,8 +221,11 @@ inline void run_steps(const Shape& shape, const Blocking& blocking, const Thread
 
 // ---- channel_statistics and gradient_sums ----
 
-BN_HOST_DEVICE bool is_finite(double value) {
-  return value - value == 0.0;
+// Whether all of these are finite.
+inline bool all_finite(const double* values, int64_t count) {
+  int64_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others += values[i] - values[i] == 0.0 ? 0 : 1;
+  return others == 0;
 }
 
 // action(offset) for each sample of one channel. For the rare channels whose sums overflowed.
@@ -170,9 +239,18 @@ inline void for_each_sample(const Shape& shape, int64_t channel, Range samples, 
 
 // What sums are taken around: the mean to the precision of the elements. Deviations are then multiples of the elements'
 // own spacing and add up almost exactly; with more bits in the center, each addition would round the same way.
-template <class E>
-BN_HOST_DEVICE accumulate_t<E> center_near(double mean) {
-  return widen(narrow<E>(static_cast<accumulate_t<E>>(mean)));
+template <class E, class A = accumulate_t<E>>
+inline void set_centers(const double* mean, int64_t count, A* center) {
+  for (int64_t i = 0; i < count; ++i) center[i] = static_cast<A>(mean[i]);
+  if constexpr (sizeof(E) == sizeof(A)) return;
+  constexpr int64_t lanes = Vec<A>::lanes;
+  E rounded[lanes];
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store(rounded, load(center + i));
+    store(center + i, load(rounded));
+  }
+  for (; i < count; ++i) center[i] = widen(narrow<E>(center[i]));
 }
 
 template <class A>
@@ -201,32 +279,38 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
   }
 
   const Inputs<E> in{x, x};
+  double* const mean = moments.first + channels.begin;
+  double* const m2 = moments.second + channels.begin;
   int64_t merged = 0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
     const int64_t count = end - begin;
-    sum_slab<Statistics>(shape, blocking, in, channels, {begin, end}, center, [&](int64_t c, double s, double q) {
-      const Moments<double> before{moments.first[c], moments.second[c], merged};
-      const Moments<double> after = merge(before, moments_from_sums(static_cast<double>(center[c]), s, q, count));
-      moments.first[c] = after.mean;
-      moments.second[c] = after.m2;
+    sum_slab<Statistics>(shape, blocking, in, channels, {begin, end}, center, [&](const A* s, const A* q) {
+      const A* const centers = center + channels.begin;
+      for (int64_t i = 0; i < channels.size(); ++i) {
+        const Moments<double> before{mean[i], m2[i], merged};
+        const Moments<double> after = merge(before, moments_from_sums<double>(centers[i], s[i], q[i], count));
+        mean[i] = after.mean;
+        m2[i] = after.m2;
+      }
     });
-    for (int64_t c = channels.begin; c < channels.end; ++c) center[c] = center_near<E>(moments.first[c]);
     merged += count;
     begin = end;
+    if (begin < samples.end) set_centers<E>(mean, channels.size(), center + channels.begin);
   }
 
+  if (all_finite(m2, channels.size())) return;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
-    if (is_finite(moments.second[c])) continue;
-    double sum = 0.0, m2 = 0.0;
+    if (all_finite(&moments.second[c], 1)) continue;
+    double sum = 0.0, squares = 0.0;
     for_each_sample(shape, c, samples, [&](int64_t at) { sum += static_cast<double>(widen(x[at])); });
-    const double mean = sum / static_cast<double>(merged);
+    const double exact_mean = sum / static_cast<double>(merged);
     for_each_sample(shape, c, samples, [&](int64_t at) {
-      const double deviation = static_cast<double>(widen(x[at])) - mean;
-      m2 += deviation * deviation;
+      const double deviation = static_cast<double>(widen(x[at])) - exact_mean;
+      squares += deviation * deviation;
     });
-    moments.first[c] = mean;
-    moments.second[c] = m2;
+    moments.first[c] = exact_mean;
+    moments.second[c] = squares;
   }
 }
 
@@ -237,16 +321,21 @@ inline void gradient_sums(const Shape& shape, const Blocking& blocking, Inputs<E
   for (int64_t c = channels.begin; c < channels.end; ++c) sums.first[c] = sums.second[c] = 0.0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
-    sum_slab<GradientSums>(shape, blocking, in, channels, {begin, end}, mean, [&](int64_t c, double s, double q) {
-      sums.first[c] += s;
-      sums.second[c] += q;
+    sum_slab<GradientSums>(shape, blocking, in, channels, {begin, end}, mean, [&](const A* s, const A* q) {
+      for (int64_t i = 0; i < channels.size(); ++i) {
+        sums.first[channels.begin + i] += static_cast<double>(s[i]);
+        sums.second[channels.begin + i] += static_cast<double>(q[i]);
+      }
     });
     after_slab(Range{begin, end});
     begin = end;
   }
 
+  const bool first_finite = all_finite(sums.first + channels.begin, channels.size());
+  const bool second_finite = all_finite(sums.second + channels.begin, channels.size());
+  if (first_finite && second_finite) return;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
-    if (is_finite(sums.first[c]) && is_finite(sums.second[c])) continue;
+    if (are_finite(sums.first[c], sums.second[c])) continue;
     double sum_dy = 0.0, sum_dy_x = 0.0;
     for_each_sample(shape, c, samples, [&](int64_t at) {
       const double dy = static_cast<double>(widen(in.first[at]));
@@ -283,39 +372,48 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
   const auto statistics = [&](Range channels, Range samples, int64_t set) {
     channel_statistics(shape, blocking, x, channels, samples, centers + set * shape.channels, moments_of(set));
   };
-  const auto finalize_statistics = [&](Range channels) {
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      double mean, variance;
+  const auto finalize_statistics = [&](Range all) {
+    for_each_block(all, channels_at_once, [&](Range channels) {
+      const int64_t begin = channels.begin, size = channels.size();
+      ChannelValues mean, variance, inv_std, weight, bias;
       if (params.batch_statistics) {
-        Moments<double> moments{means[c], m2s[c], shape.samples()};
-        if (blocking.split_samples) {
-          moments.count = split(shape.samples(), blocking.unit, sets, 0).size();
-          for (int64_t set = 1; set < sets; ++set) {
-            const int64_t count = split(shape.samples(), blocking.unit, sets, set).size();
-            moments = merge(moments, {moments_of(set).first[c], moments_of(set).second[c], count});
+        ChannelValues m2;
+        int64_t merged = sets == 1 ? shape.samples() : split(shape.samples(), blocking.unit, sets, 0).size();
+        for (int64_t i = 0; i < size; ++i) mean[i] = means[begin + i], m2[i] = m2s[begin + i];
+        for (int64_t set = 1; set < sets; ++set) {
+          const PartialSums partial = moments_of(set);
+          const int64_t count = split(shape.samples(), blocking.unit, sets, set).size();
+          for (int64_t i = 0; i < size; ++i) {
+            const Moments<double> both = merge(Moments<double>{mean[i], m2[i], merged},
+                                               {partial.first[begin + i], partial.second[begin + i], count});
+            mean[i] = both.mean;
+            m2[i] = both.m2;
           }
+          merged += count;
         }
         if (params.record != nullptr) {
-          params.record[2 + c] = moments.mean;
-          params.record[2 + shape.channels + c] = moments.m2;
-          continue;
+          double* const record = params.record + 2 + begin;
+          for (int64_t i = 0; i < size; ++i) record[i] = mean[i], record[shape.channels + i] = m2[i];
+          return;
         }
-        update_running_statistics(params.running, c, moments, params.running.momentum);
-        mean = moments.mean;
-        variance = variance_of(moments);
+        update_running_statistics(params.running, channels, mean, m2, merged);
+        for (int64_t i = 0; i < size; ++i) variance[i] = variance_of(Moments<double>{mean[i], m2[i], merged});
       } else {
-        mean = params.running.mean.load(c, 0.0);
-        variance = params.running.variance.load(c, 1.0);
+        read(params.running.mean, channels, 0.0, mean);
+        read(params.running.variance, channels, 1.0, variance);
       }
-      const double inv_std = inverse_std(variance, params.eps);
-      if (params.mean != nullptr) static_cast<A*>(params.mean)[c] = static_cast<A>(mean);
-      if (params.inv_std != nullptr) static_cast<A*>(params.inv_std)[c] = static_cast<A>(inv_std);
-      const NormalizeCoefficients<A> k =
-          normalize_coefficients<A>(mean, inv_std, params.weight.load(c, 1.0), params.bias.load(c, 0.0));
-      coefficients.of[0][c] = k.mean;
-      coefficients.of[1][c] = k.scale;
-      coefficients.of[2][c] = k.shift;
-    }
+      read(params.weight, channels, 1.0, weight);
+      read(params.bias, channels, 0.0, bias);
+      for (int64_t i = 0; i < size; ++i) inv_std[i] = inverse_std(variance[i], params.eps);
+      write({params.mean, DTypeOf<A>::value}, channels, mean);
+      write({params.inv_std, DTypeOf<A>::value}, channels, inv_std);
+      for (int64_t i = 0; i < size; ++i) {
+        const NormalizeCoefficients<A> k = normalize_coefficients<A>(mean[i], inv_std[i], weight[i], bias[i]);
+        coefficients.of[0][begin + i] = k.mean;
+        coefficients.of[1][begin + i] = k.scale;
+        coefficients.of[2][begin + i] = k.shift;
+      }
+    });
   };
   const auto normalize = [&](Range channels, Range samples) {
     if (y == nullptr) return;
@@ -360,17 +458,23 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
                                   Coefficients<A>{{coefficients.of[1]}});
     }
   };
-  const auto set_coefficients = [&](int64_t c, double sum_dy, double sum_dy_xhat) {
-    const InputGradientCoefficients<A> k =
-        input_gradient_coefficients<A>(mean[c], inv_std[c], params.weight.load(c, A(1)), sum_dy, sum_dy_xhat,
-                                       joined ? static_cast<int64_t>(*params.joined.count) : shape.samples());
-    coefficients.of[0][c] = k.mean;
-    coefficients.of[1][c] = k.dy_scale;
-    coefficients.of[2][c] = k.mean_dy;
-    coefficients.of[3][c] = k.x_scale;
+  const int64_t count = joined ? static_cast<int64_t>(*params.joined.count) : shape.samples();
+  const auto set_coefficients = [&](Range channels, const double* sum_dy, const double* sum_dy_xhat) {
+    ChannelValues weight;
+    read(params.weight, channels, 1.0, weight);
+    for (int64_t i = 0; i < channels.size(); ++i) {
+      const int64_t c = channels.begin + i;
+      const InputGradientCoefficients<A> k = input_gradient_coefficients<A>(
+          mean[c], inv_std[c], static_cast<A>(weight[i]), sum_dy[i], sum_dy_xhat[i], count);
+      coefficients.of[0][c] = k.mean;
+      coefficients.of[1][c] = k.dy_scale;
+      coefficients.of[2][c] = k.mean_dy;
+      coefficients.of[3][c] = k.x_scale;
+    }
   };
-  const auto set_without_sums = [&](Range channels) {
-    for (int64_t c = channels.begin; c < channels.end; ++c) set_coefficients(c, 0.0, 0.0);
+  const auto set_without_sums = [&](Range all) {
+    const ChannelValues zeros{};
+    for_each_block(all, channels_at_once, [&](Range channels) { set_coefficients(channels, zeros, zeros); });
   };
   if (fused && blocking.split_samples) set_without_sums({0, shape.channels});  // tasks share all channels
   const auto sums = [&](Range channels, Range samples, int64_t set) {
@@ -380,23 +484,26 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
                     if (fused) input_gradient(channels, slab);
                   });
   };
-  const auto finalize = [&](Range channels) {
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      double sum_dy = 0.0, sum_dy_xhat = 0.0;
+  const auto finalize = [&](Range all) {
+    for_each_block(all, channels_at_once, [&](Range channels) {
+      const int64_t begin = channels.begin, size = channels.size();
+      ChannelValues sum_dy{}, sum_dy_xhat{};
       if (joined) {
-        sum_dy = params.joined.sum_dy[c], sum_dy_xhat = params.joined.sum_dy_xhat[c];
+        for (int64_t i = 0; i < size; ++i) sum_dy[i] = params.joined.sum_dy[begin + i];
+        for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] = params.joined.sum_dy_xhat[begin + i];
       } else if (wants_sums) {
-        sum_dy = sum_dys[c], sum_dy_xhat = sum_dy_xs[c];
-        for (int64_t set = 1; set < sets; ++set) {
-          sum_dy += sum_dys[set * shape.channels + c];
-          sum_dy_xhat += sum_dy_xs[set * shape.channels + c];
+        for (int64_t set = 0; set < sets; ++set) {
+          const double *const first = sum_dys + set * shape.channels + begin, *const second = sum_dy_xs +
+                                                                                              set * shape.channels +
+                                                                                              begin;
+          for (int64_t i = 0; i < size; ++i) sum_dy[i] += first[i], sum_dy_xhat[i] += second[i];
         }
-        sum_dy_xhat *= static_cast<double>(inv_std[c]);
-        params.dweight.store(c, sum_dy_xhat);
-        params.dbias.store(c, sum_dy);
+        for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] *= static_cast<double>(inv_std[begin + i]);
+        write(params.dweight, channels, sum_dy_xhat);
+        write(params.dbias, channels, sum_dy);
       }
-      if (wants_dx && !fused) set_coefficients(c, sum_dy, sum_dy_xhat);
-    }
+      if (wants_dx && !fused) set_coefficients(channels, sum_dy, sum_dy_xhat);
+    });
   };
   run_steps(shape, blocking, threads, wants_sums, sums, finalize, [&](Range channels, Range samples) {
     if (!fused) input_gradient(channels, samples);

@@ -3,7 +3,7 @@
 //   Sum::inputs                          how many tensors it reads, 1 or 2
 //   Sum::add(v0, v1, center, s, q)       adds one vector of samples to the two sums
 //   center[channel]                      the operation's constant of a channel, in the accumulate type
-// Sums are short (accumulate type) and handed over channel by channel, to be merged in double.
+// Sums are short (accumulate type) and handed over in arrays with one value a channel, to be merged in double.
 #pragma once
 
 #include "cpu/blocking.h"
@@ -120,9 +120,9 @@ inline void sum_rows(Inputs<E> in, int64_t pitch, int64_t columns, const A* cent
   }
 }
 
-// Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): emit(channel, sum, sum of squares).
-template <class Sum, class E, class A, class Emit>
-inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range slab, const A* center, Emit emit) {
+// Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): merge(s, q) with the channels' sums.
+template <class Sum, class E, class A, class Merge>
+inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range slab, const A* center, Merge merge) {
   SumPair<A> sums[max_block_channels];
   for (int64_t c = 0; c < channels.size(); ++c) sums[c] = {Vec<A>(A(0)), Vec<A>(A(0))};
   for (int64_t sample = slab.begin; sample < slab.end;) {
@@ -134,10 +134,12 @@ inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range s
     }
     sample += count;
   }
+  A s[max_block_channels], q[max_block_channels];
   for (int64_t c = 0; c < channels.size(); ++c) {
-    emit(channels.begin + c, static_cast<double>(sum_of_lanes(sums[c].s)),
-         static_cast<double>(sum_of_lanes(sums[c].q)));
+    s[c] = sum_of_lanes(sums[c].s);
+    q[c] = sum_of_lanes(sums[c].q);
   }
+  merge(s, q);
 }
 
 // Values of a channel vector spread over the columns of a block, and one vector more, which partial vectors read.
@@ -161,18 +163,18 @@ inline void spread(const Shape& shape, int64_t repeat, Range channels, const A* 
 
 // The sum of contiguous values.
 template <class A>
-inline double sum_of(const A* values, int64_t count) {
+inline A sum_of(const A* values, int64_t count) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> sum(A(0));
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) sum += load(values + i);
   if (i < count) sum += load_first(values + i, count - i, Vec<A>(A(0)));
-  return static_cast<double>(sum_of_lanes(sum));
+  return sum_of_lanes(sum);
 }
 
-template <class Sum, class E, class A, class Emit>
+template <class Sum, class E, class A, class Merge>
 inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range channels, Range slab, const A* center,
-                        Emit emit) {
+                        Merge merge) {
   constexpr int64_t padded = max_columns + Vec<A>::lanes;
   alignas(cache_line) A column_center[padded], s[padded], q[padded];
   spread(shape, repeat, channels, center, column_center);
@@ -199,15 +201,13 @@ inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range 
       q[j] += q[r * row_columns + j];
     }
   }
-  if (shape.inner == 1) {
+  if (shape.inner > 1) {  // the sums of a channel take the place of its first column or one before it
     for (int64_t c = 0; c < channels.size(); ++c) {
-      emit(channels.begin + c, static_cast<double>(s[c]), static_cast<double>(q[c]));
+      s[c] = sum_of(s + c * shape.inner, shape.inner);
+      q[c] = sum_of(q + c * shape.inner, shape.inner);
     }
-    return;
   }
-  for (int64_t c = 0; c < channels.size(); ++c) {
-    emit(channels.begin + c, sum_of(s + c * shape.inner, shape.inner), sum_of(q + c * shape.inner, shape.inner));
-  }
+  merge(s, q);
 }
 
 // The end of the slab that starts at sample `begin`: as much as is summed before merging in double.
@@ -220,13 +220,13 @@ inline int64_t slab_end(const Shape& shape, const Blocking& blocking, int64_t be
   return min(end, plane_begin + planes * shape.inner);
 }
 
-template <class Sum, class E, class A, class Emit>
+template <class Sum, class E, class A, class Merge>
 inline void sum_slab(const Shape& shape, const Blocking& blocking, Inputs<E> in, Range channels, Range slab,
-                     const A* center, Emit emit) {
+                     const A* center, Merge merge) {
   if (blocking.columns) {
-    sum_columns<Sum>(shape, blocking.repeat, in, channels, slab, center, emit);
+    sum_columns<Sum>(shape, blocking.repeat, in, channels, slab, center, merge);
   } else {
-    sum_planes<Sum>(shape, in, channels, slab, center, emit);
+    sum_planes<Sum>(shape, in, channels, slab, center, merge);
   }
 }
 
