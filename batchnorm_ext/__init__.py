@@ -11,12 +11,22 @@ from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert_batchnorm, freeze_batchnorm, revert_batchnorm, unfreeze_batchnorm
 from .distributed import SyncBatchNorm, revert_sync_batchnorm
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+)
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormFunction",
     "SyncBatchNorm",
     "__version__",

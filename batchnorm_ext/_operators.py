@@ -119,6 +119,23 @@ def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor |
     )
 
 
+def forward_act(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The backend's `forward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
+    return _fused().forward_act(*arguments)
+
+
+def backward_act(
+    *arguments: object,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The backend's `backward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
+    return _fused().backward_act(*arguments)
+
+
+def _fused() -> Any:
+    # A native module without these serves through the same formulas in PyTorch.
+    return backend() if hasattr(backend(), "forward_act") else _reference
+
+
 def steps() -> Any:
     """What has the backend's steps one by one, as operators where torch.compile or a dispatch mode is to see them."""
     return torch.ops.batchnorm_ext if _as_operator() else _directly()

@@ -6,10 +6,16 @@ float32 (float64 for float64 inputs) as there; speed is torch's own elementwise 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._version import __version__
+
+# What may follow batch norm in its kernels; the definitions are those of torch.nn.functional.
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu", "hardswish")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALAR_TYPE_NAMES = {
@@ -147,6 +153,91 @@ def forward(
     skip_nonfinite: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise `input`; in training also update the running statistics. Return (output, mean, inv_std)."""
+    statistics = _statistics(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+    )
+    u, mean, inv_std, _ = _normalized(input, weight, bias, *statistics)
+    return _stored(u, input), mean, inv_std
+
+
+@torch.no_grad()
+def forward_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+    activation: str,
+    negative_slope: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Do `forward`, add `residual` and apply the activation. Return (output, mean, inv_std, shift, mask).
+
+    The mask has one bit for each element, set where relu or leaky_relu lets it pass.
+    """
+    check_residual(residual, input)
+    check_activation(activation)
+    statistics = _statistics(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+    )
+    normalized = _normalized(input, weight, bias, *statistics)
+    return _activated(input, residual, *normalized, activation, negative_slope, with_mask)
+
+
+def _activated(
+    input: Tensor,
+    residual: Tensor | None,
+    u: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    activation: str,
+    negative_slope: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    if residual is not None:
+        u = u + residual
+    mask = _packed(~_blocked(u)) if with_mask else None
+    return _stored(activate(u, activation, negative_slope), input), mean, inv_std, shift, mask
+
+
+def _statistics(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of a call, and return the mean and inv_std that normalise, in float64."""
     _check_input(input)
     for name, vector in (
         ("running_mean", running_mean),
@@ -187,24 +278,32 @@ def forward(
         assert running_var is not None
         mean = running_mean.to(torch.float64, copy=True)  # saved: must not change with the buffer
         inv_std = (running_var.to(torch.float64) + eps).rsqrt()
-
-    return _normalized(input, weight, bias, mean, inv_std)
+    return mean, inv_std
 
 
 def _normalized(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inv_std: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (u, mean, inv_std, shift) in the accumulate dtype; u is what is left to round, or to activate."""
     accumulate = accumulate_dtype(input.dtype)
     # As in the kernels: what rounding the mean to the accumulate dtype dropped goes into the shift.
-    scale = inv_std if weight is None else inv_std * weight
-    rounded = mean.to(accumulate)
-    residue = torch.nan_to_num(mean - rounded, nan=0.0)
-    shift = -residue * scale if bias is None else bias - residue * scale
-    centred = input.to(accumulate) - per_channel(rounded, input)
-    output = torch.addcmul(
-        per_channel(shift.to(accumulate), input), centred, per_channel(scale.to(accumulate), input)
-    )
-    return _stored(output, input), rounded, inv_std.to(accumulate)
+    rounded_mean, rounded_inv_std = mean.to(accumulate), inv_std.to(accumulate)
+    scale = _scale(rounded_inv_std, weight)
+    residue = torch.nan_to_num(mean - rounded_mean, nan=0.0)
+    shift = (-residue * scale if bias is None else bias - residue * scale).to(accumulate)
+    u = affine(input, rounded_mean, scale.to(accumulate), shift)
+    return u, rounded_mean, rounded_inv_std, shift
+
+
+def _scale(inv_std: Tensor, weight: Tensor | None) -> Tensor:
+    # Of the rounded inv_std, which is all that backward knows; in float64.
+    return inv_std.double() if weight is None else inv_std.double() * weight
+
+
+def affine(input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return ``(input - mean) * scale + shift`` for vectors in the accumulate dtype, in that dtype."""
+    centred = input.to(mean.dtype) - per_channel(mean, input)
+    return torch.addcmul(per_channel(shift, input), centred, per_channel(scale, input))
 
 
 def backward(
@@ -225,10 +324,27 @@ def backward(
     """
     _check_input(grad_output)
     check_channel_vector("weight", weight, grad_output)
+    dy = grad_output.to(mean.dtype)
+    return gradients(
+        dy, grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
+    )
+
+
+def gradients(
+    dy: Tensor,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    training: bool,
+    need_dx: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, dweight, dbias) for `dy` in the accumulate dtype; dx is stored as `grad_output` is."""
     need_x = dweight_dtype is not None or (training and need_dx)
-    accumulate = mean.dtype
     dims = reduced_dims(grad_output)
-    dy = grad_output.to(accumulate)
     scale = inv_std if weight is None else inv_std * weight
     xhat = None
     if need_x:
@@ -238,7 +354,7 @@ def backward(
             raise RuntimeError(
                 f"grad_output must have the shape of input {list(input.shape)}, got {list(grad_output.shape)}"
             )
-        xhat = (input.to(accumulate) - per_channel(mean, input)) * per_channel(inv_std, input)
+        xhat = (input.to(mean.dtype) - per_channel(mean, input)) * per_channel(inv_std, input)
     dx = dweight = dbias = None
     if need_dx:
         if xhat is not None and training and grad_output.numel() > 0:
@@ -255,6 +371,138 @@ def backward(
     if dbias_dtype is not None:
         dbias = dy.sum(dims).to(dbias_dtype)
     return dx, dweight, dbias
+
+
+@torch.no_grad()
+def backward_act(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    strides: Sequence[int],
+    training: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients (dx, dresidual, dweight, dbias) of `forward_act`, None where not asked for.
+
+    `mask` takes the place of `input`, `residual` and `weight` where the activation's derivative is all that they are
+    needed for. `strides` are those of the output.
+    """
+    _check_input(grad_output)
+    check_residual(residual, grad_output)
+    check_channel_vector("weight", weight, grad_output)
+    check_activation(activation)
+    if mask is not None:
+        derivative = passing_derivative(
+            _unpacked(mask, grad_output), activation, negative_slope, mean.dtype
+        )
+    elif input is None:
+        raise RuntimeError("input is needed for the derivative of the activation")
+    else:
+        u = affine(input, mean, _scale(inv_std, weight).to(mean.dtype), shift)
+        if residual is not None:
+            u = u + residual
+        derivative = activation_derivative(u, activation, negative_slope)
+    dy = grad_output * derivative
+    layout = grad_output
+    if input is None and grad_output.stride() != tuple(strides):
+        layout = grad_output.new_empty_strided(grad_output.shape, strides)
+    dx, dweight, dbias = gradients(
+        dy, layout, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
+    )
+    dresidual = _stored(dy, layout if input is None else input) if need_dresidual else None
+    return dx, dresidual, dweight, dbias
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_residual(residual: Tensor | None, input: Tensor) -> None:
+    if residual is None:
+        return
+    for what in ("shape", "dtype", "device"):
+        actual, expected = getattr(residual, what), getattr(input, what)
+        if actual != expected:
+            if what == "shape":
+                actual, expected = list(actual), list(expected)
+            raise RuntimeError(f"residual must have the {what} of input, {expected}, got {actual}")
+
+
+def is_passing(activation: str) -> bool:
+    """Return whether one bit an element, whether it passes, is all that the derivative depends on."""
+    return activation in ("relu", "leaky_relu")
+
+
+def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Return the activation of `u`."""
+    if activation == "relu":
+        return F.relu(u)
+    if activation == "leaky_relu":
+        return F.leaky_relu(u, negative_slope)
+    if activation == "elu":
+        return F.elu(u)
+    if activation == "silu":
+        return F.silu(u)
+    if activation == "hardswish":
+        return F.hardswish(u)
+    return u
+
+
+def activation_derivative(u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Return the derivative of `activate`, made of operations that can be differentiated again."""
+    if is_passing(activation):
+        return passing_derivative(~_blocked(u), activation, negative_slope, u.dtype)
+    if activation == "elu":
+        # The clamp: where() would make NaN of the infinite exponentials that it does not choose.
+        return torch.where(_blocked(u), u.clamp(max=0.0).exp(), 1.0)
+    if activation == "silu":
+        sigmoid = u.sigmoid()
+        return sigmoid * (1.0 + u * (1.0 - sigmoid))
+    if activation == "hardswish":
+        return torch.where(u <= -3.0, 0.0, torch.where(u >= 3.0, 1.0, u / 3.0 + 0.5))
+    return torch.ones_like(u)
+
+
+def passing_derivative(
+    passes: Tensor, activation: str, negative_slope: float, dtype: torch.dtype
+) -> Tensor:
+    """Return the derivative of relu or leaky_relu by whether an element passes."""
+    blocked = negative_slope if activation == "leaky_relu" else 0.0
+    return torch.where(passes, torch.ones((), dtype=dtype, device=passes.device), blocked)
+
+
+def _blocked(u: Tensor) -> Tensor:
+    return u <= 0.0  # false for NaN, which passes
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Return a bool tensor's values, in the order of its dimensions, eight to a byte."""
+    padded = F.pad(bits.reshape(-1).to(torch.uint8), (0, -bits.numel() % 8))
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(
+        1, dtype=torch.uint8
+    )
+
+
+def _unpacked(mask: Tensor, like: Tensor) -> Tensor:
+    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.view(-1)[: like.numel()].view(like.shape).bool()
+
+
+# ---- memory order -------------------------------------------------------------------------------
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -348,7 +596,8 @@ def normalize(
     _check_input(input)
     check_channel_vector("weight", weight, input)
     check_channel_vector("bias", bias, input)
-    return _normalized(input, weight, bias, mean, (variance + eps).rsqrt())
+    u, mean, inv_std, _ = _normalized(input, weight, bias, mean, (variance + eps).rsqrt())
+    return _stored(u, input), mean, inv_std
 
 
 def input_gradient(

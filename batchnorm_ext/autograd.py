@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import _operators, _reference
 
-__all__ = ["BatchNormFunction"]
+__all__ = ["BatchNormActFunction", "BatchNormFunction"]
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -95,6 +96,113 @@ class BatchNormFunction(torch.autograd.Function):
         return (*computed, None, None, None, None, None, None, None)
 
 
+class BatchNormActFunction(torch.autograd.Function):
+    """``activation(batch_norm(input) + residual)`` with first and second derivatives.
+
+    ``BatchNormActFunction.apply(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+    training, momentum, eps, skip_nonfinite, activation, negative_slope)`` returns the output. Use
+    `batchnorm_ext.functional.batch_norm_act` or the modules unless you build an operation of your own.
+
+    Parameters
+    ----------
+    residual : Tensor of the shape, dtype and device of `input`, or None
+        Added to the normalised input.
+    activation : str
+        One of identity, relu, leaky_relu, elu, silu, hardswish, as in torch.nn.functional.
+    negative_slope : float
+        Of leaky_relu.
+
+    The others are those of `BatchNormFunction`.
+
+    Notes
+    -----
+    What is kept for backward beside three vectors of shape (C,) and the weight: the input where a gradient follows
+    from its deviation, as in `BatchNormFunction`; and for the activation's derivative, with relu and leaky_relu one
+    bit an element, unless the input is kept anyway and there is no residual, with the smooth ones input and residual,
+    with identity nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        skip_nonfinite: bool,
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        need_dx, _, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        need_deviation = need_dweight or (training and need_dx)
+        one_bit = _reference.is_passing(activation)
+        smooth = not one_bit and activation != "identity"
+        with_mask = one_bit and (residual is not None or not need_deviation)
+        output, mean, inv_std, shift, mask = _operators.forward_act(
+            input,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            skip_nonfinite,
+            activation,
+            negative_slope,
+            with_mask,
+        )
+        need_input = need_deviation or smooth
+        ctx.save_for_backward(
+            input if need_input else None,
+            residual if smooth else None,
+            weight if need_dx or need_input else None,
+            bias if smooth else None,
+            mean,
+            inv_std,
+            shift,
+            mask,
+        )
+        ctx.training = training
+        ctx.eps = eps
+        ctx.strides = output.stride()
+        ctx.epilogue = activation, negative_slope
+        ctx.dweight_dtype = weight.dtype if weight is not None and need_dweight else None
+        ctx.dbias_dtype = bias.dtype if bias is not None and need_dbias else None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, residual, weight, bias, mean, inv_std, shift, mask = ctx.saved_tensors
+        need_dx, need_dresidual = ctx.needs_input_grad[:2]
+        saved = (mean, inv_std, shift, mask, ctx.strides, ctx.training)
+        wanted = (need_dx, need_dresidual, ctx.dweight_dtype, ctx.dbias_dtype)
+        if torch.is_grad_enabled() or not is_plain(grad_output):
+            computed = differentiable_backward_act(
+                grad_output, input, residual, weight, bias, *saved, ctx.eps, *wanted, *ctx.epilogue
+            )
+        elif ctx.epilogue[0] == "identity":
+            # The residual's gradient is the output's.
+            dx, dweight, dbias = _operators.backward(
+                *(grad_output, input, weight, mean, inv_std, ctx.training),
+                *(need_dx, ctx.dweight_dtype, ctx.dbias_dtype),
+            )
+            computed = dx, grad_output if need_dresidual else None, dweight, dbias
+        else:
+            computed = _operators.backward_act(
+                grad_output, input, residual, weight, *saved, *wanted, *ctx.epilogue
+            )
+        return (*computed, None, None, None, None, None, None, None, None, None)
+
+
 def differentiable_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -110,12 +218,73 @@ def differentiable_backward(
     """Return the gradients made of torch's own operations, which can be differentiated, batched and watched."""
     if training and input is not None and torch.is_grad_enabled():
         # For the second derivatives the batch statistics are a function of the input again.
-        mean, _, inv_std = _reference.batch_statistics(input, eps)
-        accumulate = _reference.accumulate_dtype(input.dtype)
-        mean, inv_std = mean.to(accumulate), inv_std.to(accumulate)
+        mean, inv_std = _differentiable_statistics(input, eps)
     return _reference.backward(
         grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
     )
+
+
+def differentiable_backward_act(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    strides: Sequence[int],
+    training: bool,
+    eps: float,
+    need_dx: bool,
+    need_dresidual: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients made of torch's own operations, as `differentiable_backward` does."""
+    accumulate = mean.dtype
+    dresidual = grad_output
+    derivative = None
+    if _reference.is_passing(activation):
+        # Piecewise constant: the first derivative of a gradient of ones, since the backend alone can read its bits.
+        with torch.no_grad():
+            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
+            passed = _operators.backward_act(
+                *(ones, input, None, weight, mean, inv_std, shift, mask, strides, training),
+                *(False, True, None, None, activation, negative_slope),
+            )[1]
+        assert passed is not None
+        derivative = _reference.passing_derivative(
+            passed == 1.0, activation, negative_slope, accumulate
+        )
+    if training and input is not None and torch.is_grad_enabled():
+        mean, inv_std = _differentiable_statistics(input, eps)
+    if derivative is None and activation != "identity":
+        assert input is not None
+        scale = inv_std if weight is None else (inv_std * weight).to(accumulate)
+        if bias is not None:  # the value of `shift`, the derivative of the bias
+            shift = shift + (bias - bias.detach()).to(accumulate)
+        u = _reference.affine(input, mean, scale, shift)
+        derivative = _reference.activation_derivative(
+            u if residual is None else u + residual, activation, negative_slope
+        )
+    dy = grad_output.to(accumulate)
+    if derivative is not None:
+        dy = dy * derivative
+        dresidual = dy.to(grad_output.dtype)
+    dx, dweight, dbias = _reference.gradients(
+        dy, grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
+    )
+    return dx, dresidual if need_dresidual else None, dweight, dbias
+
+
+def _differentiable_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean, _, inv_std = _reference.batch_statistics(input, eps)
+    accumulate = _reference.accumulate_dtype(input.dtype)
+    return mean.to(accumulate), inv_std.to(accumulate)
 
 
 def is_plain(tensor: Tensor) -> bool:

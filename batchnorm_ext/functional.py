@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _operators, _reference
 from ._extension import backend
-from .autograd import BatchNormFunction, is_recomputing
+from .autograd import BatchNormActFunction, BatchNormFunction, is_recomputing
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "batch_norm_act"]
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _PLAIN_TYPES = (Tensor, Parameter, type(None))
@@ -72,14 +72,101 @@ def batch_norm(
     TypeError
         `momentum` is no number; the cumulative average, ``momentum=None``, is the modules'.
     """
-    if momentum is None or isinstance(momentum, str):
-        raise TypeError(
-            "batch_norm(): argument 'momentum' (position 7) must be float, not "
-            + type(momentum).__name__
-        )
+    _check_momentum("batch_norm", momentum)
     return batch_norm_with_counter(
         input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
     )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    inplace: bool = False,
+) -> Tensor:
+    """Apply ``activation(batch_norm(input) + residual)`` in one pass over the data each way.
+
+    The sum is rounded once, behind the activation. For backward no more is kept than batch norm alone keeps, and one
+    bit an element where relu or leaky_relu follows a residual.
+
+    Parameters
+    ----------
+    input, running_mean, running_var, weight, bias, training, momentum, eps
+        As in `batch_norm`.
+    residual : Tensor, optional
+        Of the shape, dtype and device of `input`; added in front of the activation.
+    activation : str
+        ``"identity"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"hardswish"``, as in
+        torch.nn.functional; elu with alpha = 1.
+    negative_slope : float
+        Of leaky_relu.
+    inplace : bool
+        Allow the output to take the memory of `input`, which must not be used afterwards: autograd refuses a backward
+        pass that needs it. Only with activations that can be inverted: identity, leaky_relu with a positive slope,
+        and elu. A permission, not a promise: where gradients could not be computed from the output as exactly as from
+        the input, the call runs out of place.
+
+    Returns
+    -------
+    Tensor
+        Of the shape, dtype and memory order of `input`; non-dense inputs give torch's suggested memory format.
+
+    Raises
+    ------
+    ValueError
+        As `batch_norm`; an unknown activation; `inplace` with one that cannot be inverted.
+    RuntimeError
+        As `batch_norm`; a residual of another shape, dtype or device; `inplace` with a leaf that requires a gradient.
+    """
+    _check_momentum("batch_norm_act", momentum)
+    check_activation(activation, negative_slope, inplace)
+    return batch_norm_act_with_counter(
+        input,
+        residual,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        None,
+        training,
+        momentum,
+        eps,
+        False,
+        activation,
+        negative_slope,
+        inplace,
+    )
+
+
+def _check_momentum(function: str, momentum: object) -> None:
+    if momentum is None or isinstance(momentum, str):
+        raise TypeError(
+            f"{function}(): argument 'momentum' (position 7) must be float, not "
+            + type(momentum).__name__
+        )
+
+
+def check_activation(activation: str, negative_slope: float, inplace: bool) -> None:
+    """Refuse an unknown activation, and `inplace` with one whose input does not follow from its output."""
+    _reference.check_activation(activation)
+    invertible = activation in ("identity", "elu") or (
+        activation == "leaky_relu" and negative_slope > 0.0
+    )
+    if inplace and not invertible:
+        slope = f" with negative_slope={negative_slope}" if activation == "leaky_relu" else ""
+        raise ValueError(
+            "inplace=True needs an activation that can be inverted (identity, elu, or leaky_relu with "
+            f"negative_slope > 0), got {activation}{slope}"
+        )
 
 
 def batch_norm_with_counter(
@@ -113,11 +200,7 @@ def batch_norm_with_counter(
             return output
     if not _kernels_apply(input, running_mean, running_var, weight, bias, num_batches_tracked):
         return _torch_batch_norm(*call)
-    if training:
-        _check_batch_size(input)
-    if (running_mean is None) != (running_var is None) and training:
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    _check_eps(eps, training)
+    _check_call(input, running_mean, running_var, training, eps)
     if training and not torch.compiler.is_compiling() and is_recomputing():
         running_mean = running_var = num_batches_tracked = None
     arguments = (
@@ -132,14 +215,81 @@ def batch_norm_with_counter(
         eps,
         skip_nonfinite,
     )
-    needs_grad = torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    if needs_grad:
+    if _needs_grad(input, weight, bias):
         return BatchNormFunction.apply(*arguments)
     return _operators.forward(*arguments)[0]
+
+
+def batch_norm_act_with_counter(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+    activation: str,
+    negative_slope: float,
+    inplace: bool,
+) -> Tensor:
+    """Apply `batch_norm_act`, whose own arguments are known to be good, and count the batch in training."""
+    call = (
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+    )
+    if residual is None and activation == "identity" and not inplace:
+        return batch_norm_with_counter(*call)
+    _reference.check_residual(residual, input)
+    if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    if not _kernels_apply(
+        input, running_mean, running_var, weight, bias, num_batches_tracked, residual
+    ):
+        output = _torch_batch_norm(*call)
+        if residual is not None:
+            output = output + residual
+        return _reference.activate(output, activation, negative_slope)
+    _check_call(input, running_mean, running_var, training, eps)
+    if training and not torch.compiler.is_compiling() and is_recomputing():
+        running_mean = running_var = num_batches_tracked = None
+    arguments = (
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+        activation,
+        negative_slope,
+    )
+    if _needs_grad(input, residual, weight, bias):
+        return BatchNormActFunction.apply(*arguments)
+    return _operators.forward_act(*arguments, False)[0]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
 
 
 @functools.cache
@@ -242,11 +392,20 @@ def _torch_batch_norm(
     return output.to(dtype)
 
 
-def _check_batch_size(input: Tensor) -> None:
-    if input.size(0) * math.prod(input.shape[2:]) == 1:
+def _check_call(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    if training and input.size(0) * math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}"
         )
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    _check_eps(eps, training)
 
 
 def _check_eps(eps: float, training: bool) -> None:

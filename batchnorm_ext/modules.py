@@ -9,9 +9,16 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .functional import batch_norm_with_counter
+from .functional import batch_norm_act_with_counter, batch_norm_with_counter, check_activation
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+]
 
 _Self = TypeVar("_Self", bound="_BatchNorm")
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -51,11 +58,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
-            # A symbolic trace keeps the module whole, as it keeps torch's.
-            return input.tracer.create_proxy(
-                "call_module", input.tracer.path_of_module(self), (input,), {}
-            )
+            return self._traced(input)
         self._check_input_dim(input)
+        return batch_norm_with_counter(input, *self._call())
+
+    def _traced(self, input: torch.fx.Proxy, *others: Any) -> Any:
+        # A symbolic trace keeps the module whole, as it keeps torch's.
+        tracer: Any = input.tracer
+        path = tracer.path_of_module(self)
+        return tracer.create_proxy("call_module", path, (input, *others), {})
+
+    def _call(self) -> tuple[Any, ...]:
+        """Return what `batch_norm_with_counter` takes behind its input."""
         try:  # nn.Module finds these only after everything else, which would take longer than the kernel
             parameters, buffers = self._parameters, self._buffers
             weight, bias = parameters["weight"], parameters["bias"]
@@ -74,8 +88,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        return batch_norm_with_counter(
-            input,
+        return (
             running_mean,
             running_var,
             weight,
@@ -215,4 +228,82 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     __doc__ = "Batch normalisation of (N, C, D, H, W) inputs." + _DIFFERENCES.format(
         name="BatchNorm3d", shapes="(N, C, D, H, W)"
+    )
+
+
+class _BatchNormAct(_BatchNorm):
+    """Batch norm with a residual and an activation behind it."""
+
+    activation: str = "relu"
+    negative_slope: float = 0.01
+    inplace: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        *arguments: Any,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        inplace: bool = False,
+        **options: Any,
+    ) -> None:
+        check_activation(activation, negative_slope, inplace)
+        super().__init__(num_features, *arguments, **options)
+        self.activation, self.negative_slope, self.inplace = activation, negative_slope, inplace
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return ``activation(batch_norm(input) + residual)``, in the dtype and memory order of `input`."""
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
+            return self._traced(input, *(() if residual is None else (residual,)))
+        self._check_input_dim(input)
+        epilogue = self.activation, self.negative_slope, self.inplace
+        return batch_norm_act_with_counter(input, residual, *(*self._call(), *epilogue))
+
+    def extra_repr(self) -> str:
+        """Return the description of batch norm, and what follows it."""
+        text = f"{super().extra_repr()}, activation={self.activation}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text + ", inplace=True" if self.inplace else text
+
+
+_ADDITIONS = """
+
+    :class:`{name}` in everything but what follows the normalisation; its state_dict is the same.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, skip_nonfinite
+        As in :class:`{name}`.
+    activation : str, keyword-only
+        ``"identity"``, ``"relu"`` (default), ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"hardswish"``.
+    negative_slope : float, keyword-only
+        Of leaky_relu; 0.01 by default.
+    inplace : bool, keyword-only
+        Allow the output to take the memory of the input, as `batchnorm_ext.functional.batch_norm_act` describes.
+
+    Raises
+    ------
+    ValueError
+        An unknown activation; `inplace` with one that cannot be inverted.
+
+    Shape: input, residual (an optional second argument of forward) and output {shapes}.
+    """
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    __doc__ = "``activation(batch_norm(input) + residual)`` of (N, C) or (N, C, L) inputs." + (
+        _ADDITIONS.format(name="BatchNorm1d", shapes="(N, C) or (N, C, L)")
+    )
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    __doc__ = "``activation(batch_norm(input) + residual)`` of (N, C, H, W) inputs." + (
+        _ADDITIONS.format(name="BatchNorm2d", shapes="(N, C, H, W)")
+    )
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    __doc__ = "``activation(batch_norm(input) + residual)`` of (N, C, D, H, W) inputs." + (
+        _ADDITIONS.format(name="BatchNorm3d", shapes="(N, C, D, H, W)")
     )

@@ -6,6 +6,7 @@ scale, so that a sum which happens to cancel is not held to a precision that its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,18 +123,22 @@ class BatchNorm:
 
     def gradients(self, dy: torch.Tensor) -> tuple[Exact, Exact, Exact]:
         """The gradients of x, weight and bias for the output gradient ``dy``."""
-        rank = self._x.ndim
         gradient = exact(dy)
+        return self._gradients(Exact(gradient, np.abs(gradient)))
+
+    def _gradients(self, dy: Exact) -> tuple[Exact, Exact, Exact]:
+        rank = self._x.ndim
+        gradient = dy.value
         terms = gradient * self._xhat
         sum_dy = gradient.sum(axis=self._axes)
         sum_dy_xhat = terms.sum(axis=self._axes)
-        magnitude_dy = np.abs(gradient).sum(axis=self._axes)
-        magnitude_dy_xhat = np.abs(terms).sum(axis=self._axes)
+        magnitude_dy = dy.scale.sum(axis=self._axes)
+        magnitude_dy_xhat = (dy.scale * np.abs(self._xhat)).sum(axis=self._axes)
         # The mean is saved in the accumulate type: rounding it shifts every xhat of the channel together.
         shift = np.abs(self.mean) * self.inv_std
 
         slope = _per_channel(self._weight * self.inv_std, rank)
-        dx, dx_scale = gradient, np.abs(gradient)
+        dx, dx_scale = gradient, dy.scale
         if self.training:
             count = max(self._samples, 1)
             mean_dy = _per_channel(sum_dy / count, rank)
@@ -141,7 +146,7 @@ class BatchNorm:
             dx = gradient - mean_dy - self._xhat * mean_dy_xhat
             per_xhat = (magnitude_dy_xhat + shift * np.abs(sum_dy)) / count
             dx_scale = (
-                np.abs(gradient)
+                dy.scale
                 + _per_channel((magnitude_dy + shift * np.abs(sum_dy_xhat)) / count, rank)
                 + np.abs(self._xhat) * _per_channel(per_xhat, rank)
             )
@@ -150,3 +155,76 @@ class BatchNorm:
             Exact(sum_dy_xhat, magnitude_dy_xhat + shift * np.abs(sum_dy)),
             Exact(sum_dy, magnitude_dy),
         )
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Value and derivative of an activation, and the most that either changes by a change of its argument."""
+
+    value: Callable[[Array], Array]
+    derivative: Callable[[Array], Array]
+    steepest: float = 1.0
+    most_curved: float = 0.0
+
+
+def activation(name: str, negative_slope: float = 0.01) -> Activation:
+    """An activation by its definition. At a kink the derivative is that of the left side, as in torch."""
+    slope = np.longdouble(negative_slope)
+
+    def sigmoid(u: Array) -> Array:
+        return 1 / (1 + np.exp(-u))
+
+    return {
+        "identity": Activation(lambda u: u, np.ones_like),
+        "relu": Activation(lambda u: np.maximum(u, 0), lambda u: (u > 0).astype(u.dtype)),
+        "leaky_relu": Activation(
+            lambda u: np.where(u > 0, u, slope * u),
+            lambda u: np.where(u > 0, np.longdouble(1), slope),
+            max(1.0, abs(negative_slope)),
+        ),
+        "elu": Activation(
+            lambda u: np.where(u > 0, u, np.expm1(np.minimum(u, 0))),
+            lambda u: np.where(u > 0, 1, np.exp(np.minimum(u, 0))),
+            1.0,
+            1.0,
+        ),
+        "silu": Activation(
+            lambda u: u * sigmoid(u),
+            lambda u: sigmoid(u) * (1 + u * (1 - sigmoid(u))),
+            1.1,
+            0.5,
+        ),
+        "hardswish": Activation(
+            lambda u: u * np.clip(u + 3, 0, 6) / 6,
+            lambda u: np.where(u <= -3, 0, np.where(u >= 3, 1, u / 3 + np.longdouble(0.5))),
+            1.5,
+            0.34,
+        ),
+    }[name]
+
+
+class BatchNormAct(BatchNorm):
+    """As BatchNorm, of ``activation(batch_norm(x) + residual)``."""
+
+    def __init__(
+        self,
+        *tensors: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        activation_name: str = "relu",
+        negative_slope: float = 0.01,
+        **options: object,
+    ) -> None:
+        super().__init__(*tensors, **options)
+        self._activation = activation(activation_name, negative_slope)
+        added = 0 if residual is None else exact(residual)
+        self.u = Exact(self.y.value + added, self.y.scale + np.abs(added))
+        self.y = Exact(
+            self._activation.value(self.u.value), self.u.scale * self._activation.steepest
+        )
+
+    def gradients(self, dy: torch.Tensor) -> tuple[Exact, Exact, Exact, Exact]:
+        """The gradients of x, weight, bias and residual for the output gradient ``dy``."""
+        derivative = self._activation.derivative(self.u.value)
+        spread = np.abs(derivative) + self._activation.most_curved * self.u.scale
+        gradient = Exact(exact(dy) * derivative, np.abs(exact(dy)) * spread)
+        return (*self._gradients(gradient), gradient)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from checks import assert_bitwise, call, differentiable
@@ -52,20 +54,27 @@ def test_ambiguous_strides_follow_the_input(shape, layout, device):
     assert y.stride() == args.x.stride()
 
 
-def saved_bytes(args: Arguments, **options: object) -> int:
-    """Bytes of the storages kept for backward, other than the parameters, which live on anyway."""
-    owned = {t.untyped_storage().data_ptr() for t in (args.weight, args.bias) if t is not None}
+def storages_saved(
+    function: Callable[[], torch.Tensor], owned: tuple[torch.Tensor | None, ...]
+) -> dict[int, int]:
+    """Bytes of each storage that a call keeps for backward, other than those of `owned`, which live on anyway."""
+    known = {t.untyped_storage().data_ptr() for t in owned if t is not None}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
+        if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call(args, **options)
-    return sum(storages.values())
+        function()
+    return storages
+
+
+def saved_bytes(args: Arguments, **options: object) -> int:
+    """Bytes kept for backward beside the parameters."""
+    return sum(storages_saved(lambda: call(args, **options), (args.weight, args.bias)).values())
 
 
 def test_training_keeps_the_input_and_two_vectors(device):

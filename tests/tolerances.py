@@ -52,6 +52,11 @@ TOLERANCES = {
         "sum of magnitudes, however many samples there are.",
     ),
     "dbias": Tolerance(8, "as dweight, with one rounding less a term."),
+    "dresidual": Tolerance(
+        8,
+        "dy times the activation's derivative, where u is as exact as y in front of the activation.",
+        in_float64=24,
+    ),
     "running_mean": Tolerance(4, "one interpolation between two values, and the mean's own error."),
     "running_var": Tolerance(
         8,
