@@ -26,16 +26,35 @@ _M = TypeVar("_M", bound=nn.Module)
 # The functional ones: nodes of the graph under torch.compile, one call of the process group in eager mode.
 
 
+@torch.compiler.assume_constant_result
+def _only_on_the_host(group: str, device: str) -> bool:
+    """Return whether the group's backend for a device wants the values in host memory.
+
+    Gloo takes tensors of a GPU in some collectives, copies them to the host itself, and in others ends the process
+    (pytorch/pytorch#152645).
+    """
+    if device == "cpu":
+        return False
+    resolved = dist.distributed_c10d._resolve_process_group(group)
+    return bool(resolved._get_backend(torch.device(device)).name() == "gloo")
+
+
+def _sendable(values: Tensor, group: str) -> Tensor:
+    return values.cpu() if _only_on_the_host(group, values.device.type) else values
+
+
 def _gather(values: Tensor, group: str, ranks: int) -> Tensor:
     """Return the `values` of every rank, in rank order, as the rows of a matrix."""
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(values, ranks, group)
-    return torch.ops._c10d_functional.wait_tensor(gathered).view(ranks, -1)
+    sent = _sendable(values, group)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(sent, ranks, group)
+    gathered = torch.ops._c10d_functional.wait_tensor(gathered)
+    return gathered.to(values.device).view(ranks, -1)
 
 
 def _sum(values: Tensor, group: str) -> Tensor:
     """Return the sum of `values` over the ranks, on every rank the same to the bit."""
-    reduced = torch.ops._c10d_functional.all_reduce(values, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+    reduced = torch.ops._c10d_functional.all_reduce(_sendable(values, group), "sum", group)
+    return torch.ops._c10d_functional.wait_tensor(reduced).to(values.device)
 
 
 class _DifferentiableSum(torch.autograd.Function):
@@ -203,8 +222,8 @@ class SyncBatchNorm(BatchNormNd):
     with the statistics merged as in Chan, Golub and LeVeque, 1979); outputs, input gradients and running statistics
     are those of one process that sees the whole batch, and parameter gradients become so under
     DistributedDataParallel. One collective in forward and one in backward, on any backend that torch.distributed has
-    for the device, gloo on the CPU included; the host waits for neither. At a module's first call one more lets the
-    ranks compare channels and dtype. Ranks may have different numbers of samples, also none.
+    for the device, gloo on the CPU included; the host waits for neither, unless gloo serves a GPU. At a module's first
+    call one more lets the ranks compare channels and dtype. Ranks may have different numbers of samples, also none.
 
     In evaluation, when frozen, without an initialised process group, and in a group of one, this is the plain batch
     norm of this package, without a collective.

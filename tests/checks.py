@@ -1,8 +1,9 @@
-"""One batch norm call held against the oracle: output, statistics and gradients."""
+"""One batch norm call held against the oracle: output, statistics and gradients; and that it waits for nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -89,3 +90,17 @@ def check_gradients(
 def without(args: Arguments, *names: str) -> Arguments:
     """The same call without some of its optional tensors."""
     return replace(args, **dict.fromkeys(names))
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An error at any call that waits for the GPU, if there is one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

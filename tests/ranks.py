@@ -1,4 +1,4 @@
-"""Runs functions on several processes that can reach each other through gloo; the processes are started once."""
+"""Runs functions on several processes of a process group; the processes are started once."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Ranks:
     A process that ends or does not answer makes the call fail; the next call starts all of them anew.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, backend: str = "gloo") -> None:
         self._most = most
+        self._backend = backend
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -63,7 +64,9 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self._most):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, theirs, self._backend), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -79,7 +82,7 @@ class Ranks:
         return False, "ended"
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
     while True:
         try:
@@ -89,7 +92,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         try:
             torch.manual_seed(0)
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=TIMEOUT
+                backend, init_method=f"file://{store}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             answer = pickle.dumps((True, function(rank, *arguments)))
         except Exception:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from checks import assert_bitwise, call, check_call, differentiable
+from checks import assert_bitwise, call, check_call, differentiable, no_synchronisation
 from inputs import LAYOUTS, arguments, channels_last, contiguous, every
 from torch import nn
 
@@ -32,17 +34,6 @@ SHAPES = {
     "many-tiny-channels": (2, 70000, 1, 3),
     "million-rows": (880801, 1, 1, 1),
 }
-
-
-@contextlib.contextmanager
-def no_synchronisation():
-    """An error at any call that waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -119,6 +110,33 @@ def test_repeatable_to_the_bit(layout, training):
     for again in runs[1:]:
         for first, second in zip(runs[0], again, strict=True):
             assert_bitwise(second, first)
+
+
+TRAINING_STEP = """
+import sys, torch, batchnorm_ext
+torch.manual_seed(0)
+module = batchnorm_ext.BatchNorm2d(6, device="cuda")
+x = torch.randn(4, 6, 33, 7, device="cuda", requires_grad=True)
+y = module(x)
+gradients = torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))
+torch.save([y, *gradients, *module.buffers()], sys.argv[1])
+"""
+
+
+def test_launch_blocking(tmp_path):
+    """CUDA_LAUNCH_BLOCKING changes when the host goes on, not what is computed."""
+    results = []
+    for blocking in ("0", "1"):
+        path = tmp_path / blocking
+        subprocess.run(
+            [sys.executable, "-c", TRAINING_STEP, str(path)],
+            env=os.environ | {"CUDA_LAUNCH_BLOCKING": blocking},
+            check=True,
+            timeout=300,
+        )
+        results.append(torch.load(path))
+    for free, blocked in zip(*results, strict=True):
+        assert_bitwise(blocked, free)
 
 
 def test_deterministic_mode_is_served():

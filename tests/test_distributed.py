@@ -1,4 +1,4 @@
-"""SyncBatchNorm on processes that talk through gloo: the joined batch, collectives, failures, conversion."""
+"""SyncBatchNorm on several processes: the joined batch, collectives, failures, conversion, GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checks import assert_bitwise
+from checks import assert_bitwise, no_synchronisation
 from inputs import channels_last, sliced_batch
 from oracle import BatchNorm, Exact
 from ranks import Ranks
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm_ext
 from batchnorm_ext import SyncBatchNorm, revert_sync_batchnorm
-from batchnorm_ext.distributed import BatchNormNd
+from batchnorm_ext.distributed import BatchNormNd, SyncBatchNormFunction
 
 # How many samples each rank has: uneven, and with ranks that have none.
 PARTS = {1: (6,), 2: (4, 3), 3: (3, 0, 4), 4: (0, 2, 1, 5)}
@@ -70,8 +70,15 @@ def collectives(action: Any) -> list[str]:
 
 
 def matches_the_joined_batch(
-    rank: int, parts: tuple[int, ...], dtype: torch.dtype, layout: Any, spatial: tuple[int, ...]
+    rank: int,
+    parts: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: Any,
+    spatial: tuple[int, ...],
+    device: str = "cpu",
 ) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     channels = 5
     x = (tensor(sum(parts), channels, *spatial) * 2 + 30).to(dtype)
     dy = tensor(*x.shape, seed=1).to(dtype)
@@ -81,13 +88,14 @@ def matches_the_joined_batch(
     exact_dx, exact_dweight, exact_dbias = expected.gradients(dy)
 
     own = part_of(parts, rank)
+    module.to(device)
 
     def own_part(exact: Exact) -> Exact:
         return Exact(exact.value[own], exact.scale[own])
 
-    mine = layout(x[own]).requires_grad_()
+    mine = layout(x[own].to(device)).requires_grad_()
     y = module(mine)
-    y.backward(layout(dy[own]))
+    y.backward(layout(dy[own].to(device)))
     assert y.dtype == mine.grad.dtype == dtype
     if y.numel():
         assert_matches(y, own_part(expected.y), "y")
@@ -653,3 +661,110 @@ def test_constructor_repr_and_pickle():
     assert repr(duplicate) == repr(module)
     with pytest.raises(ValueError, match="at least 2D"):
         module(torch.ones(4))
+
+
+# ---- GPUs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.clone, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [(4, 3), (3, 0, 4)], ids=str)
+def test_ranks_that_share_a_gpu(ranks, parts, dtype, layout):
+    """Through gloo: NCCL wants a GPU for each rank."""
+    ranks.run(len(parts), matches_the_joined_batch, parts, dtype, layout, (3, 7), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("layout", [torch.clone, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_for_each_rank(dtype, layout):
+    count = min(4, torch.cuda.device_count())
+    processes = Ranks(count, "cpu:gloo,cuda:nccl")
+    processes.run(count, matches_the_joined_batch, PARTS[count], dtype, layout, (3, 7), "cuda")
+    processes.stop()
+
+
+def synchronised_step(
+    x: torch.Tensor, dy: torch.Tensor, module: nn.Module
+) -> tuple[torch.Tensor, ...]:
+    """A step of the module with the collectives that a group of one would not need."""
+    y = SyncBatchNormFunction.apply(
+        x,
+        module.weight,
+        module.bias,
+        module.running_mean,
+        module.running_var,
+        module.num_batches_tracked,
+        module.momentum,
+        module.eps,
+        module.skip_nonfinite,
+        dist.group.WORLD.group_name,
+        1,
+    )
+    return (y, *torch.autograd.grad(y, (x, module.weight, module.bias), dy))
+
+
+def collectives_of_one(rank: int, device: str) -> None:
+    x, dy = tensor(6, 5, 3, 7), tensor(6, 5, 3, 7, seed=1)
+    outcomes = []
+    for step in (synchronised_step, plain_step):
+        module = parametrized(SyncBatchNorm(5, dtype=torch.float64)).to(device)
+        mine = x.to(device).requires_grad_()
+        gradient = dy.to(device)
+        step(mine, gradient, module)
+        with no_synchronisation():
+            outcomes.append((*step(mine, gradient, module), *module.buffers()))
+    for actual, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def plain_step(x: torch.Tensor, dy: torch.Tensor, module: nn.Module) -> tuple[torch.Tensor, ...]:
+    y = module(x)  # which is alone
+    return (y, *torch.autograd.grad(y, (x, module.weight, module.bias), dy))
+
+
+def captured(rank: int) -> None:
+    x, dy = torch.randn(2, 6, 5, 3, 7, device="cuda")
+    x.requires_grad_()
+    module = SyncBatchNorm(5).cuda()
+    warmth = torch.cuda.Stream()
+    warmth.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmth):
+        for _ in range(3):
+            synchronised_step(x, dy, module)
+    torch.cuda.current_stream().wait_stream(warmth)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = synchronised_step(x, dy, module)
+    eager = copy.deepcopy(module)
+    for step in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x) * (step + 1) + step)
+            dy.copy_(torch.randn_like(dy))
+        graph.replay()
+        expected = synchronised_step(x, dy, eager)
+        for actual, want in zip(
+            (*results, *module.buffers()), (*expected, *eager.buffers()), strict=True
+        ):
+            assert_bitwise(actual, want)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Ranks]:
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    processes = Ranks(1, "cpu:gloo,cuda:nccl" if has_nccl else "gloo")
+    yield processes
+    processes.stop()
+
+
+def test_collectives_of_a_group_of_one(alone, device):
+    """The collectives themselves where there is one GPU; the host waits for none of them."""
+    alone.run(1, collectives_of_one, device)
+
+
+@pytest.mark.gpu
+def test_collectives_in_a_cuda_graph(alone):
+    """Captured once, each replay is a step with collectives, statistics and gradients of its own."""
+    alone.run(1, captured)
