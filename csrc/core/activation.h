@@ -38,6 +38,13 @@ BN_HOST_DEVICE double exponential_minus_one(double a) {
   return std::expm1(a);
 }
 
+BN_HOST_DEVICE float logarithm_of_one_plus(float a) {
+  return std::log1p(a);
+}
+BN_HOST_DEVICE double logarithm_of_one_plus(double a) {
+  return std::log1p(a);
+}
+
 // Whether u passes unchanged; the one bit that relu and leaky_relu need of u in backward. NaN passes, as in torch.
 template <class V>
 BN_HOST_DEVICE auto blocked(V u) {
@@ -78,6 +85,20 @@ BN_HOST_DEVICE V activation_derivative(V u, V negative_slope) {
     return select(less_equal(u, V(-3)), V(0), select(less_equal(V(3), u), V(1), sloping));
   } else {
     return V(1);
+  }
+}
+
+// u of y = activation(u), for those that have an inverse: identity, elu, and leaky_relu of a positive slope. Where elu has
+// rounded to -1, u is taken for the largest that does so in float, so that gradients stay finite.
+template <Activation kActivation, class V>
+BN_HOST_DEVICE V activation_inverse(V y, V negative_slope) {
+  if constexpr (kActivation == Activation::leaky_relu) {
+    return select(blocked(y), y / negative_slope, y);
+  } else if constexpr (kActivation == Activation::elu) {
+    const V least(-1.0 + 0x1p-24);
+    return select(blocked(y), logarithm_of_one_plus(select(less_equal(y, least), least, y)), y);
+  } else {
+    return y;
   }
 }
 
