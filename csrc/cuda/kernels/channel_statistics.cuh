@@ -16,6 +16,7 @@ struct ChannelStatistics {
   using A = accumulate_t<T>;
   using Item = Moments<A>;  // around the channel's pivot
   using Coefficients = NormalizeCoefficients<A>;
+  static constexpr bool kEpilogue = false, kEpilogueInSums = false;
   static constexpr int kInputs = 1;
   static constexpr int kUnroll = 4;
   static constexpr Reuse kReuse = Reuse::soon;
@@ -36,16 +37,17 @@ struct ChannelStatistics {
     return {channel_pivot(inputs[0], finalize.shape, channel), A(0), A(0)};
   }
 
-  template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
-                                             const Slot (&slots)[kUnroll], bool first) const {
+  template <class Whole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&sums)[kSums],
+                                             Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
+                                             bool first) const {
 #pragma unroll
     for (int a = 0; a < kSums; ++a) {
       // Of the chunk's elements, those of this sum's channel; one that is not meant reads as the pivot and adds zero.
       constexpr int kElements = kVector / kSums;
       const auto deviation = [&](int u, int i) {
         const int e = kSums == 1 ? i : a;
-        return kWhole || slots[u].holds(e) ? widen(packs[0][u].values[e]) - sums[a].pivot : A(0);
+        return whole.value || slots[u].holds(e) ? widen(packs[0][u].values[e]) - sums[a].pivot : A(0);
       };
       if (first) {
         A sum = 0;
@@ -55,7 +57,7 @@ struct ChannelStatistics {
 #pragma unroll
           for (int i = 0; i < kElements; ++i) {
             sum += deviation(u, i);
-            count += kWhole || slots[u].holds(kSums == 1 ? i : a) ? 1 : 0;
+            count += whole.value || slots[u].holds(kSums == 1 ? i : a) ? 1 : 0;
           }
         }
         const A shift = count == 0 ? A(0) : sum / static_cast<A>(count);

@@ -82,6 +82,7 @@ struct GradientSums {
   using A = accumulate_t<T>;
   using Item = GradientPartial<A>;
   using Coefficients = InputGradientCoefficients<A>;
+  static constexpr bool kEpilogue = false, kEpilogueInSums = false;
   static constexpr int kInputs = 2;
   static constexpr int kUnroll = 2;
   static constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
@@ -104,9 +105,10 @@ struct GradientSums {
     return {finalize.mean[channel], A(0), A(0), scale};
   }
 
-  template <bool kWhole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
-                                             const Slot (&slots)[kUnroll], bool) const {
+  template <class Whole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&sums)[kSums],
+                                             Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
+                                             bool) const {
 #pragma unroll
     for (int a = 0; a < kSums; ++a) {
       constexpr int kElements = kVector / kSums;
@@ -128,10 +130,7 @@ struct GradientSums {
       sums[a].sum_dy += sum_dy[0] + sum_dy[1];
       sums[a].sum_dy_xmu += sum_dy_xmu[0] + sum_dy_xmu[1];
     }
-    if constexpr (kInputGradient) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) store<kWhole>(packs[0][u], dx, slots[u], dx_reuse);
-    }
+    if constexpr (kInputGradient) store(whole, packs[0], dx, slots, dx_reuse);
   }
 
   __device__ __forceinline__ Item item(const Accumulator& sums, int64_t, int64_t) const {

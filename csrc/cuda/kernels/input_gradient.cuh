@@ -16,7 +16,9 @@ template <class T_>
 struct InputGradient {
   using T = T_;
   using Coefficients = InputGradientCoefficients<accumulate_t<T>>;
+  static constexpr bool kEpilogue = false;
   static constexpr int kInputs = 2;
+  static constexpr int kUnroll = 2;
 
   const T* inputs[kInputs];  // dy, x
   T* output;                 // dx
@@ -32,7 +34,9 @@ struct FrozenInputGradient {
   using T = T_;
   using A = accumulate_t<T>;
   using Coefficients = InputGradientCoefficients<A>;
+  static constexpr bool kEpilogue = false;
   static constexpr int kInputs = 1;
+  static constexpr int kUnroll = 4;
 
   const T* inputs[kInputs];  // dy
   T* output;                 // dx

@@ -18,7 +18,9 @@ struct Normalize {
   using T = T_;
   using A = accumulate_t<T>;
   using Coefficients = NormalizeCoefficients<A>;
+  static constexpr bool kEpilogue = false;
   static constexpr int kInputs = 1;
+  static constexpr int kUnroll = 4;
 
   const T* inputs[kInputs];  // x
   T* output;                 // y

@@ -20,38 +20,39 @@ __device__ __forceinline__ void take_coefficients(Coefficients (&coefficients)[k
   for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[channel[a]];
 }
 
-// packs[0] becomes the output.
-template <class Coefficients, class T, int kVector, int kInputs, int kUnroll, int kSets>
-__device__ __forceinline__ void map_packs(Pack<T, kVector> (&packs)[kInputs][kUnroll],
-                                          const Coefficients (&coefficients)[kSets]) {
+// Maps slots that were loaded, each element by its channel's coefficients, and stores what they become.
+template <class Op, class Whole, int kVector, int kInputs, int kUnroll, int kSets>
+__device__ __forceinline__ void map_and_store(const Op& op, Whole whole,
+                                              Pack<typename Op::T, kVector> (&packs)[kInputs][kUnroll],
+                                              const typename Op::Coefficients (&coefficients)[kSets],
+                                              const Slot (&slots)[kUnroll], typename Op::T* output, Reuse reuse) {
+  using T = typename Op::T;
+  if constexpr (Op::kEpilogue) {
+    op.map_and_store(whole, packs, coefficients, slots, output, reuse);
+  } else {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const Coefficients& c = coefficients[kSets == 1 ? 0 : e];
-      if constexpr (kInputs == 1) {
-        packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e])));
-      } else {
-        packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e])));
+      for (int e = 0; e < kVector; ++e) {
+        const auto& c = coefficients[kSets == 1 ? 0 : e];
+        if constexpr (kInputs == 1) {
+          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e])));
+        } else {
+          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e])));
+        }
       }
     }
+    store(whole, packs[0], output, slots, reuse);
   }
-}
-
-template <bool kWhole, class T, int kVector, int kUnroll>
-__device__ __forceinline__ void store_all(const Pack<T, kVector> (&packs)[kUnroll], T* tensor,
-                                          const Slot (&slots)[kUnroll], Reuse reuse) {
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) store<kWhole>(packs[u], tensor, slots[u], reuse);
 }
 
 // Block (tile, split) obtains the coefficients of a tile's channels and maps the share `split` of their elements.
 // Blocks run from the tensor's end to its front: what the step before read last is still in the second-level cache.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T>) pointwise(const View view, const Op op) {
-  using Walk = TileWalk<View, kVector, kThreads>;
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kEpilogue>)
+    pointwise(const View view, const Op op) {
+  using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Coefficients = typename Op::Coefficients;
-  constexpr int kUnroll = Op::kInputs == 1 ? 4 : 2;
 
   const int64_t split = gridDim.y - 1 - blockIdx.y;
   const Tile tile = Walk::tile(view, gridDim.x - 1 - blockIdx.x);
@@ -65,12 +66,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T>) point
   Walk walk(view, tile, split);
   Coefficients coefficients[kChannelsPerThread<View, kVector>];
   take_coefficients(coefficients, of_tile, walk);
-  for_each_chunk<kUnroll, kVector>(walk, [&](const auto& slots, auto whole, int64_t) {
-    constexpr bool kWhole = decltype(whole)::value;
-    Pack<typename Op::T, kVector> packs[Op::kInputs][kUnroll];
-    load<kWhole, Reuse::none>(packs, op.inputs, slots);
-    map_packs(packs, coefficients);
-    store_all<kWhole>(packs[0], op.output, slots, op.output_reuse);
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int64_t) {
+    Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
+    load<Reuse::none>(whole, packs, op.inputs, slots);
+    map_and_store(op, whole, packs, coefficients, slots, op.output, op.output_reuse);
   });
 }
 

@@ -52,18 +52,18 @@ __device__ __forceinline__ void begin_sums(const Op& op, const Walk& walk, const
 // becomes of them is the operation's, as is what a sum is. Order of summation: by thread in the order of the walk, then
 // over the threads of a channel, so results do not depend on how blocks are scheduled.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T>) reduce(const View view, const Op op) {
-  using Walk = TileWalk<View, kVector, kThreads>;
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kEpilogue>)
+    reduce(const View view, const Op op) {
+  using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   const Tile tile = Walk::tile(view, blockIdx.x);
   Walk walk(view, tile, blockIdx.y);
   typename Op::Accumulator sums[kChannelsPerThread<View, kVector>];
   begin_sums(op, walk, tile, sums);
 
-  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole, int64_t index) {
-    constexpr bool kWhole = decltype(whole)::value;
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int64_t index) {
     Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
-    load<kWhole, Op::kReuse>(packs, op.inputs, slots);
-    op.template accumulate<kWhole>(sums, packs, slots, index == 0);
+    load<Op::kReuse>(whole, packs, op.inputs, slots);
+    op.accumulate(whole, sums, packs, slots, index == 0);
   });
 
   fold_block<kThreads>(op, walk, tile, sums, shared_memory<typename Op::Item>(),

@@ -17,41 +17,48 @@ constexpr int kResidentBlocks = 2;
 
 // Block `tile` reads its channels once, keeps what it read in shared memory, sums it, finalises the channels, and maps
 // what it kept: `reduce` and `pointwise` in one, with the same sums to the bit as if unsplit. Each thread keeps its own
-// vectors, kept[vector][input][thread]; shared are only the sums and the coefficients. Block 0 counts the batch if
-// `num_batches_tracked` is not null; no block may then read it.
+// vectors, kept[vector][input][word][thread]; shared are only the sums and the coefficients. Block 0 counts the batch
+// if `num_batches_tracked` is not null; no block may then read it.
 template <class Op, class View, int kVector, int kThreads>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     resident(const View view, const Op op, int thread_vectors, typename Op::T* output, int64_t* num_batches_tracked) {
   using T = typename Op::T;
-  using Walk = TileWalk<View, kVector, kThreads>;
+  using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Item = typename Op::Item;
   using Coefficients = typename Op::Coefficients;
   constexpr int kSums = kChannelsPerThread<View, kVector>;
+  constexpr int kPackWords = kWords<T, kVector>;
 
   const Tile tile = Walk::tile(view, blockIdx.x);
   Walk walk(view, tile, 0);
   const int active = walk.active_threads();
   uint4* const kept = shared_memory<uint4>();
-  Item* const items = reinterpret_cast<Item*>(kept + Op::kInputs * thread_vectors * active);
+  Item* const items = reinterpret_cast<Item*>(kept + Op::kInputs * kPackWords * thread_vectors * active);
   Coefficients* const of_tile = reinterpret_cast<Coefficients*>(items + kSums * kThreads);
-  const auto place = [&](int64_t vector, int input) {
-    return (static_cast<int>(vector) * Op::kInputs + input) * active + static_cast<int>(threadIdx.x);
+  const auto place = [&](int64_t vector, int input, int word) {
+    return ((static_cast<int>(vector) * Op::kInputs + input) * kPackWords + word) * active +
+           static_cast<int>(threadIdx.x);
   };
-
-  typename Op::Accumulator sums[kSums];
-  begin_sums(op, walk, tile, sums);
-  for_each_chunk<Op::kUnroll, kVector>(walk, [&](const auto& slots, auto whole, int64_t index) {
-    constexpr bool kWhole = decltype(whole)::value;
-    Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-    load<kWhole, Reuse::none>(packs, op.inputs, slots);
+  const auto each_word = [](const auto& use) {
 #pragma unroll
     for (int u = 0; u < Op::kUnroll; ++u) {
 #pragma unroll
       for (int i = 0; i < Op::kInputs; ++i) {
-        if (kWhole || index + u < thread_vectors) kept[place(index + u, i)] = bits_of(packs[i][u]);
+#pragma unroll
+        for (int w = 0; w < kPackWords; ++w) use(u, i, w);
       }
     }
-    op.template accumulate<kWhole>(sums, packs, slots, index == 0);
+  };
+
+  typename Op::Accumulator sums[kSums];
+  begin_sums(op, walk, tile, sums);
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int64_t index) {
+    Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
+    load<Reuse::none>(whole, packs, op.inputs, slots);
+    each_word([&](int u, int i, int w) {
+      if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(packs[i][u], w);
+    });
+    op.accumulate(whole, sums, packs, slots, index == 0);
   });
 
   fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const Item& total, bool active) {
@@ -63,18 +70,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   Walk again(view, tile, 0);
   Coefficients coefficients[kSums];
   take_coefficients(coefficients, of_tile, again);
-  for_each_chunk<Op::kUnroll, kVector>(again, [&](const auto& slots, auto whole, int64_t index) {
-    constexpr bool kWhole = decltype(whole)::value;
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int64_t index) {
     Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-#pragma unroll
-    for (int u = 0; u < Op::kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < Op::kInputs; ++i) {
-        set_bits(packs[i][u], kWhole || index + u < thread_vectors ? kept[place(index + u, i)] : uint4{0, 0, 0, 0});
-      }
-    }
-    map_packs(packs, coefficients);
-    store_all<kWhole>(packs[0], output, slots, Reuse::soon);
+    each_word([&](int u, int i, int w) {
+      const bool is_kept = whole.value || index + u < thread_vectors;
+      set_word(packs[i][u], w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+    });
+    map_and_store(op, whole, packs, coefficients, slots, output, Reuse::soon);
   });
 }
 

@@ -16,6 +16,7 @@ constexpr int kVectorBytes = 16;
 struct Slot {
   int64_t offset;  // in elements; below zero where the first vector reaches over the front of the tensor
   int low, high;
+  int64_t number;  // among the slots of eight elements that cover a tensor: its byte of a mask
 
   __device__ __forceinline__ bool holds(int element) const { return element >= low && element < high; }
 };
@@ -25,63 +26,89 @@ struct Pack {
   T values[kVector];
 };
 
-// A whole vector as one value of the memory system.
+// A condition that is known when a kernel is compiled, and one that is not.
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+struct Variable {
+  bool value;
+};
+
+// Values of the memory system that make up a pack; none where it is smaller than one.
 template <class T, int kVector>
-__device__ __forceinline__ uint4 bits_of(const Pack<T, kVector>& pack) {
-  static_assert(sizeof(pack) == kVectorBytes);
+constexpr int kWords = kVector * static_cast<int>(sizeof(T)) / kVectorBytes;
+
+template <class T, int kVector>
+__device__ __forceinline__ uint4 word_of(const Pack<T, kVector>& pack, int word) {
   uint4 bits;
-  memcpy(&bits, &pack, sizeof(bits));
+  memcpy(&bits, reinterpret_cast<const char*>(&pack) + word * kVectorBytes, sizeof(bits));
   return bits;
 }
 template <class T, int kVector>
-__device__ __forceinline__ void set_bits(Pack<T, kVector>& pack, const uint4& bits) {
-  static_assert(sizeof(pack) == kVectorBytes);
-  memcpy(&pack, &bits, sizeof(bits));
+__device__ __forceinline__ void set_word(Pack<T, kVector>& pack, int word, const uint4& bits) {
+  memcpy(reinterpret_cast<char*>(&pack) + word * kVectorBytes, &bits, sizeof(bits));
 }
 
 // What no one will want soon is marked to leave the second-level cache first.
 enum class Reuse { soon, none };
 
-template <bool kWhole, Reuse kReuse, class T, int kVector>
-__device__ __forceinline__ void load(Pack<T, kVector>& pack, const T* tensor, const Slot& slot) {
-  if constexpr (kWhole && kVector * sizeof(T) == kVectorBytes) {
+// `whole`: every element of the slot is meant, and it starts at a vector boundary.
+template <Reuse kReuse, class Whole, class T, int kVector>
+__device__ __forceinline__ void load(Whole whole, Pack<T, kVector>& pack, const T* tensor, const Slot& slot) {
+  if (kWords<T, kVector> > 0 && whole.value) {
     const uint4* const address = reinterpret_cast<const uint4*>(tensor + slot.offset);
-    set_bits(pack, kReuse == Reuse::none ? __ldcs(address) : __ldg(address));
+#pragma unroll
+    for (int w = 0; w < kWords<T, kVector>; ++w) {
+      // What the same kernel writes must not come from the read-only path: y may be x.
+      set_word(pack, w, kReuse == Reuse::none ? __ldcs(address + w) : __ldg(address + w));
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      pack.values[e] = kWhole || slot.holds(e) ? tensor[slot.offset + e] : T{};
+      pack.values[e] = whole.value || slot.holds(e) ? tensor[slot.offset + e] : T{};
     }
   }
 }
 
 // The same slots of each of several tensors: all loads are issued before any is waited for.
-template <bool kWhole, Reuse kReuse, class T, int kVector, int kInputs, int kUnroll>
-__device__ __forceinline__ void load(Pack<T, kVector> (&packs)[kInputs][kUnroll], const T* const (&tensors)[kInputs],
-                                     const Slot (&slots)[kUnroll]) {
+template <Reuse kReuse, class Whole, class T, int kVector, int kInputs, int kUnroll>
+__device__ __forceinline__ void load(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                     const T* const (&tensors)[kInputs], const Slot (&slots)[kUnroll]) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) load<kWhole, kReuse>(packs[i][u], tensors[i], slots[u]);
+    for (int i = 0; i < kInputs; ++i) load<kReuse>(whole, packs[i][u], tensors[i], slots[u]);
   }
 }
 
-template <bool kWhole, class T, int kVector>
-__device__ __forceinline__ void store(const Pack<T, kVector>& pack, T* tensor, const Slot& slot, Reuse reuse) {
-  if constexpr (kWhole && kVector * sizeof(T) == kVectorBytes) {
-    const uint4 bits = bits_of(pack);
+template <class Whole, class T, int kVector>
+__device__ __forceinline__ void store(Whole whole, const Pack<T, kVector>& pack, T* tensor, const Slot& slot,
+                                      Reuse reuse) {
+  if (kWords<T, kVector> > 0 && whole.value) {
     uint4* const address = reinterpret_cast<uint4*>(tensor + slot.offset);
-    if (reuse == Reuse::none) {
-      __stcs(address, bits);
-    } else {
-      *address = bits;
+#pragma unroll
+    for (int w = 0; w < kWords<T, kVector>; ++w) {
+      const uint4 bits = word_of(pack, w);
+      if (reuse == Reuse::none) {
+        __stcs(address + w, bits);
+      } else {
+        address[w] = bits;
+      }
     }
   } else {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      if (kWhole || slot.holds(e)) tensor[slot.offset + e] = pack.values[e];
+      if (whole.value || slot.holds(e)) tensor[slot.offset + e] = pack.values[e];
     }
   }
+}
+
+template <class Whole, class T, int kVector, int kUnroll>
+__device__ __forceinline__ void store(Whole whole, const Pack<T, kVector> (&packs)[kUnroll], T* tensor,
+                                      const Slot (&slots)[kUnroll], Reuse reuse) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) store(whole, packs[u], tensor, slots[u], reuse);
 }
 
 }  // namespace batchnorm_ext::cuda

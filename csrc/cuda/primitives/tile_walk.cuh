@@ -16,12 +16,13 @@ struct Tile {
   int count;
 };
 
-// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next().
-template <class View, int kVector, int kThreads>
+// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next(). Only with
+// an epilogue have they numbers: those cost registers.
+template <class View, int kVector, int kThreads, bool kEpilogue = false>
 class TileWalk;
 
-template <int kVector, int kThreads>
-class TileWalk<RowView, kVector, kThreads> {
+template <int kVector, int kThreads, bool kEpilogue>
+class TileWalk<RowView, kVector, kThreads, kEpilogue> {
  public:
   static constexpr int kFoldWidth = 32;
 
@@ -30,6 +31,7 @@ class TileWalk<RowView, kVector, kThreads> {
   __device__ TileWalk(const RowView& view, const Tile& tile, int64_t split)
       : inner_(view.shape.inner),
         misalignment_(static_cast<int>(view.misalignment)),
+        boundaries_(view.boundaries),
         run_vectors_(view.run_vectors),
         step_vectors_(view.step_vectors),
         pitch_(view.shape.channels * view.shape.inner),
@@ -41,6 +43,9 @@ class TileWalk<RowView, kVector, kThreads> {
     count_ = first < end ? (end - first + kThreads - 1) / kThreads : 0;
     vector_ = first - run * view.run_vectors;
     run_start_ = run * pitch_ + tile.first * inner_;
+    outer_slots_ = view.shape.channels * run_vectors_;
+    step_slots_ = view.step_runs * outer_slots_;
+    run_slot_ = run * outer_slots_ + tile.first * run_vectors_;
   }
 
   __device__ int64_t count() const { return count_; }
@@ -51,16 +56,21 @@ class TileWalk<RowView, kVector, kThreads> {
     const int head = static_cast<int>(run_start_ + misalignment_) & (kVector - 1);
     const int64_t left = inner_ + head - vector_ * kVector;
     const Slot slot{run_start_ - head + vector_ * kVector, vector_ == 0 ? head : 0,
-                    left < kVector ? static_cast<int>(left) : kVector};
+                    left < kVector ? static_cast<int>(left) : kVector, kEpilogue ? run_slot_ + vector_ : 0};
     samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
     vector_ += step_vectors_;
     run_start_ += step_starts_;
+    if (kEpilogue) run_slot_ += step_slots_;
     if (vector_ >= run_vectors_) {
       vector_ -= run_vectors_;
       run_start_ += pitch_;
+      if (kEpilogue) run_slot_ += outer_slots_;
     }
     return slot;
   }
+
+  // Of an epilogue: whether a slot starts at a vector boundary in every tensor.
+  __device__ bool at_boundary(const Slot& slot) const { return boundaries_ && slot.offset % kVector == 0; }
 
   // Channel, within the tile, of an element of this thread's vectors.
   __device__ void channels(int (&channel)[1]) const { channel[0] = 0; }
@@ -75,13 +85,15 @@ class TileWalk<RowView, kVector, kThreads> {
  private:
   int64_t inner_;
   int misalignment_;
+  bool boundaries_;
   int64_t run_vectors_, step_vectors_, pitch_, step_starts_;
   int64_t count_, vector_, run_start_;
+  int64_t outer_slots_, step_slots_, run_slot_;  // each run has slots of its own, also where runs share a vector
   int64_t samples_ = 0;
 };
 
-template <int kVector, int kThreads>
-class TileWalk<ColumnView, kVector, kThreads> {
+template <int kVector, int kThreads, bool kEpilogue>
+class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
  public:
   __device__ static Tile tile(const ColumnView& view, int64_t index) {
     const int64_t first = index * view.tile_channels;
@@ -96,6 +108,7 @@ class TileWalk<ColumnView, kVector, kThreads> {
         tile_elements_(view.tile_vectors * kVector),
         lanes_(view.lanes),
         fold_width_(view.fold_width),
+        boundaries_(view.boundaries),
         elements_(view.shape.elements()) {
     const int lane = static_cast<int>(threadIdx.x) / view.tile_vectors;
     const int vector = static_cast<int>(threadIdx.x) - lane * view.tile_vectors;
@@ -116,6 +129,9 @@ class TileWalk<ColumnView, kVector, kThreads> {
     high_ = width - column_ < kVector ? width - column_ : kVector;
     offset_ = phase_start + first * view.phases * pitch + column_;
     step_ = view.lanes * view.phases * pitch;
+    const int64_t row_slots = (pitch + kVector - 1) / kVector;
+    slot_ = (phase + first * view.phases) * row_slots + tile.first * inner_ / kVector + vector;
+    step_slots_ = view.lanes * view.phases * row_slots;
   }
 
   __device__ int64_t count() const { return count_; }
@@ -123,10 +139,13 @@ class TileWalk<ColumnView, kVector, kThreads> {
 
   __device__ __forceinline__ Slot next() {
     const int64_t left = elements_ - offset_;  // the last row may end early
-    const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_};
+    const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_, kEpilogue ? slot_ : 0};
     offset_ += step_;
+    if (kEpilogue) slot_ += step_slots_;
     return slot;
   }
+
+  __device__ bool at_boundary(const Slot& slot) const { return boundaries_ && slot.offset % kVector == 0; }
 
   __device__ void channels(int (&channel)[kVector]) const {
     const int first = column_ < 0 ? 0 : column_;
@@ -159,7 +178,8 @@ class TileWalk<ColumnView, kVector, kThreads> {
  private:
   int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
   int head_, column_, low_, high_;
-  int64_t elements_, count_, offset_, step_;
+  bool boundaries_;
+  int64_t elements_, count_, offset_, step_, slot_, step_slots_;
 };
 
 // The accumulators, or sets of coefficients, that a thread keeps: one where all it visits is one channel's, else one
@@ -167,20 +187,16 @@ class TileWalk<ColumnView, kVector, kThreads> {
 template <class View, int kVector>
 constexpr int kChannelsPerThread = View::kOneChannel ? 1 : kVector;
 
-template <bool kValue>
-struct Constant {
-  static constexpr bool value = kValue;
-};
-
 // Blocks that a multiprocessor should hold at once, which bounds a thread's registers: what the state of eight channels
 // a thread leaves room for without spills, else enough to have more loads in flight.
-template <class T>
-constexpr int kBlocksAtOnce = sizeof(T) == 2 ? 2 : 3;
+template <class T, bool kEpilogue>
+constexpr int kBlocksAtOnce = kEpilogue ? (sizeof(T) == 8 ? 1 : 2) : (sizeof(T) == 2 ? 2 : 3);
 
-// Calls visit(slots, whole, index) with kUnroll slots at a time, so that their loads are in flight together; `whole` is
-// a constant: whether every element of each is meant; `index` counts the slots before these. Missing slots at the end
-// are empty.
-template <int kUnroll, int kVector, class Walk, class Visit>
+// Calls visit(slots, whole, index) with kUnroll slots at a time, so that their loads are in flight together; `whole`:
+// whether every element of each is meant and each starts at a boundary; `index` counts the slots before these. Missing
+// slots at the end are empty. `whole` is a constant, for which there are two copies of the visit, but a variable with
+// an epilogue, whose code is long.
+template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
   const int64_t count = walk.count();
   for (int64_t index = 0; index < count; index += kUnroll) {
@@ -188,10 +204,13 @@ __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
     bool whole = count - index >= kUnroll;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0};
+      slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0, 0};
       whole = whole && slots[u].low == 0 && slots[u].high == kVector;
+      if constexpr (kEpilogue) whole = whole && walk.at_boundary(slots[u]);
     }
-    if (whole) {
+    if constexpr (kEpilogue) {
+      visit(slots, Variable{whole}, index);
+    } else if (whole) {
       visit(slots, Constant<true>{}, index);
     } else {
       visit(slots, Constant<false>{}, index);

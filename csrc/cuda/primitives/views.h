@@ -11,6 +11,10 @@ namespace batchnorm_ext::cuda {
 // distance from a vector boundary: `misalignment` elements past one. Vectors are counted from the boundary, so the
 // first and the last one of a run may reach over its ends and are then read element by element.
 
+// With an epilogue a slot is eight elements, a byte of its mask, whatever the type and wherever the tensors lie. Slots
+// are counted from the front of the tensor, or from the front of each row where rows are no multiple of eight.
+constexpr int kEpilogueVector = 8;
+
 // Long runs. Block (channel, split) takes a contiguous share of the vectors of one channel's `outer` runs.
 struct RowView {
   static constexpr bool kOneChannel = true;
@@ -21,6 +25,7 @@ struct RowView {
   int64_t split_vectors;
   int64_t splits;
   int64_t step_runs, step_vectors;  // the number of threads, in runs and remaining vectors
+  bool boundaries;                  // of an epilogue: every tensor starts at a vector boundary
 };
 
 // Short runs and inner == 1. The tensor is a matrix whose rows are `outer_per_row` of the `outer` indices, so that rows
@@ -40,6 +45,7 @@ struct ColumnView {
   int tile_vectors;    // that cover a row of a tile, wherever it starts
   int lanes;           // rows that a block works on at once
   int fold_width;      // threads that fold one channel's sums of a block: a power of two up to the size of a warp
+  bool boundaries;     // of an epilogue: every tensor starts at a vector boundary
 
   BN_HOST_DEVICE int64_t pitch() const { return outer_per_row * shape.channels * shape.inner; }
   BN_HOST_DEVICE int64_t rows() const { return (shape.outer + outer_per_row - 1) / outer_per_row; }
