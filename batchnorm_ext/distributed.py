@@ -35,8 +35,8 @@ def _only_on_the_host(group: str, device: str) -> bool:
     """
     if device == "cpu":
         return False
-    resolved = dist.distributed_c10d._resolve_process_group(group)
-    return bool(resolved._get_backend(torch.device(device)).name() == "gloo")
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return bool(resolve(group)._get_backend(torch.device(device)).name() == "gloo")
 
 
 def _sendable(values: Tensor, group: str) -> Tensor:

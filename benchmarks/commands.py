@@ -35,6 +35,7 @@ from .shapes import (
     cpu_set,
     gpu_set,
     resnet50,
+    scattered,
     sets,
     spread,
     sweep,
@@ -44,6 +45,7 @@ from .shapes import (
 from .timing import available_threads, settle_allocator
 from .training import model_tasks
 
+EXIT_FAILED = 1
 EXIT_REQUIREMENT = 2
 EXIT_INTERRUPTED = 130
 
@@ -65,7 +67,7 @@ def default_tasks(options: argparse.Namespace) -> list[Task]:
         *overhead_tasks(),
         *memory_tasks(options.device),
         *accuracy_tasks(),
-        *layer_tasks(shapes),
+        *layer_tasks(scattered(shapes)),
         *model_tasks(batch, size, "float32", "contiguous"),
     ]
 
@@ -87,7 +89,7 @@ def layers_tasks(options: argparse.Namespace) -> list[Task]:
     ]
     if options.sample:
         chosen = spread(chosen, options.sample)
-    tasks = layer_tasks(chosen, tuple(options.op or KERNEL_OPS))
+    tasks = layer_tasks(scattered(chosen), tuple(options.op or KERNEL_OPS))
     if options.device == "cpu" and options.scaling:
         tasks += scaling_tasks(options.threads)
     return tasks
@@ -215,6 +217,9 @@ def _measure(options: argparse.Namespace) -> int:
     if session.interrupted:
         print("interrupted: what was measured until then is kept")
         return EXIT_INTERRUPTED
+    if session.failed:
+        print(f"{len(session.failed)} tasks failed, {session.failed[0]}", file=sys.stderr)
+        return EXIT_FAILED
     return _check(session.record, options.require)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,6 +84,8 @@ class Contender:
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    # Whether preparing it takes seconds for each case.
+    compiles: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, or None."""
@@ -277,6 +280,7 @@ class TorchCompile(ModuleOps, Contender):
     """Inductor's kernels for the same functions, compiled for each shape."""
 
     name = "torch_compile"
+    compiles = True
 
     def __init__(self) -> None:
         self._compiled_for: tuple[Any, ...] = ()
@@ -424,12 +428,14 @@ class Outcome:
 
     ready: dict[str, Prepared] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def verified(contenders: Mapping[str, Contender], problem: Problem, op: str) -> Outcome:
     """Prepare each contender and check its results; one that fails is excluded, with the reason."""
     outcome = Outcome()
     for name, contender in contenders.items():
+        start = time.monotonic()
         try:
             problem.reset()
             prepared = contender.prepare(problem, op)
@@ -443,6 +449,7 @@ def verified(contenders: Mapping[str, Contender], problem: Problem, op: str) -> 
             continue
         except Exception as error:  # a peer may fail in any way; it is reported and left out
             reason = f"failed: {first_line(error)}"
+        outcome.seconds[name] = time.monotonic() - start
         if reason is None:
             outcome.ready[name] = prepared
         else:

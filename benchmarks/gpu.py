@@ -1,8 +1,9 @@
 """What a machine with a GPU should run, in one time-boxed call: build, tests, sanitizers, timing.
 
 ``python3 -m benchmarks.gpu OUT`` needs no network and no virtual environment: the interpreter at
-hand with torch, pytest and nvcc. Each stage has its share of the budget, a stage that takes less
-leaves the rest to those behind it, and ``OUT/summary.json`` is up to date after every stage.
+hand with torch, pytest and nvcc. Stages run in the order of what one would miss most. Each has its
+share of the budget, a stage that takes less leaves the rest to those behind it, one that fails or
+hangs costs the others nothing, and ``OUT/summary.json`` is up to date after every stage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .contenders import KERNEL_OPS, MODULE_OPS, TRUTH_OF, BatchnormExt
+from .contenders import KERNEL_OPS, MODULE_OPS, TRUTH_OF, BatchnormExt, first_line
 from .problem import Problem, make_problem, wrong
 from .results import ROOT, describe_machine
 from .shapes import DTYPES, Case, with_dtypes, with_layouts
@@ -31,11 +32,15 @@ from .timing import available_threads
 
 EXIT_NO_GPU = 3
 GRACE_S = 15
+KILLED_S = 5
 SECONDS = "{seconds}"
 SAVING_SHARE = 0.85
 MEMORY_PER_JOB = 4 << 30
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
+# Test files of their own stage: streams, graphs, processes and compilers, which can hang or end a process.
+SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_benchmarks.py")
+SHOWN_FAILURES = 40
 
 
 @dataclass
@@ -76,14 +81,18 @@ class Stage:
             output.write(f"\n==== {self.name}: {' '.join(command)}\n".encode())
             output.flush()
             begin = output.tell()
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment, **self.environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **environment, **self.environment},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.state, self.note = "failed", str(error)
+                return
             try:
                 self.exit_code = process.wait(limit_s)
                 self.state = "passed" if self.exit_code == 0 else "failed"
@@ -105,7 +114,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(GRACE_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver call that hangs outlives even that
+        process.wait(KILLED_S)
 
 
 def run_stages(
@@ -161,22 +171,35 @@ def _build_stages(site: Path) -> tuple[Stage, Stage]:
 def _checking_stages(out: Path) -> list[Stage]:
     """What runs on the built package. A sanitizer that is not installed cannot pass."""
     python = sys.executable
-    pytest = [python, "-m", "pytest", "tests", "-m", "gpu", "-q", "--maxfail=20"]
-    stages = [Stage("tests", [*pytest, "-p", "no:cacheprovider"], share=20)]
+    exercise = [python, "-m", "benchmarks.gpu", "--exercise"]
+    benchmark = ["--device", "cuda", "--no-plots", "--output", str(out), "--time-budget", SECONDS]
+    benchmark = [python, "-m", "benchmarks", *benchmark]
+    layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
+    layers += ["--dtype", "bfloat16", "float32"]
+    # Each test's name before it runs, and where a test hangs: a log that ends early says why.
+    pytest = [python, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=20", "-p", "no:cacheprovider"]
+    pytest += ["-o", "faulthandler_timeout=60"]
+    system = [f"tests/{name}" for name in SYSTEM_TESTS]
+    stages = [
+        Stage("exercise", exercise, share=6),
+        Stage("layers", [*benchmark[:3], *layers, *benchmark[3:]], share=26, decides=False),
+        Stage("tests", [*pytest, "tests", *(f"--ignore={name}" for name in system)], share=18),
+        Stage("system tests", [*pytest, *system], share=12),
+    ]
     sanitizer = _sanitizer()
     for tool in SANITIZERS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+        # Torch's own kernels are not what is looked at, nor errors of the API that it handles itself.
+        options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+        options += ["--kernel-name", "kns=batchnorm_ext", "--report-api-errors", "no"]
         stage = Stage(
             tool,
-            [*command, python, "-m", "benchmarks.gpu", "--exercise"] if sanitizer else [],
-            share=8,
+            [sanitizer, *options, *exercise] if sanitizer else [],
+            share=6,
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         stage.note = "" if sanitizer else "compute-sanitizer was not found"
         stages.append(stage)
-    benchmark = [python, "-m", "benchmarks", "default", "--device", "cuda", "--no-plots"]
-    benchmark += ["--output", str(out), "--time-budget", SECONDS]
-    return [*stages, Stage("benchmark", benchmark, share=28, decides=False)]
+    return [*stages, Stage("benchmark", [*benchmark[:3], "default", *benchmark[3:]], 12, False)]
 
 
 def _sanitizer() -> str:
@@ -209,20 +232,29 @@ def exercise_cases() -> list[Case]:
 
 def exercise(device: str, cases: Sequence[Case]) -> list[str]:
     """Run every op on every case; returns what is wrong. The truth is computed on the CPU."""
-    contender = BatchnormExt()
     failures = []
     for case in cases:
         truth = make_problem(case, "cpu")
         for op in (*KERNEL_OPS, *MODULE_OPS):
-            problem = _moved(truth, device)
-            prepared = contender.prepare(problem, op)
-            problem.reset()
-            results = prepared.read(prepared.call(0)) if prepared.read else {}
-            results = {name: value.cpu() for name, value in results.items()}
-            reason = wrong(truth, results, TRUTH_OF.get(op, op))
+            try:
+                reason = _exercised(truth, op, device)
+            except Exception as error:
+                reason = first_line(error)
             if reason:
                 failures.append(f"{case} {op}: {reason}")
+                print(failures[-1], flush=True)
+        if len(failures) > SHOWN_FAILURES:
+            break
     return failures
+
+
+def _exercised(truth: Problem, op: str, device: str) -> str | None:
+    problem = _moved(truth, device)
+    prepared = BatchnormExt().prepare(problem, op)
+    problem.reset()
+    results = prepared.read(prepared.call(0)) if prepared.read else {}
+    results = {name: value.cpu() for name, value in results.items()}
+    return wrong(truth, results, TRUTH_OF.get(op, op))
 
 
 def _moved(problem: Problem, device: str) -> Problem:
@@ -267,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_NO_GPU
     if options.exercise:
         failures = exercise("cuda", exercise_cases())
-        print("\n".join(failures) or "every result is right")
+        print(f"{len(failures)} results are wrong" if failures else "every result is right")
         return 1 if failures else 0
     return run_all(options.out.resolve(), options.budget)
 
@@ -281,7 +313,10 @@ def run_all(out: Path, budget_s: float) -> int:
     log.write_text("")
     build, jit = _build_stages(site)
     checking = _checking_stages(out)
-    described = describe_machine("cuda", available_threads())
+    try:
+        described = describe_machine("cuda", available_threads())
+    except Exception as error:  # whatever it is, it must not cost the run
+        described = {"unknown": first_line(error)}
 
     def report(stages: Sequence[Stage]) -> Callable[[], None]:
         return lambda: _write(out, summary(stages, described, budget_s))
@@ -290,6 +325,7 @@ def run_all(out: Path, budget_s: float) -> int:
     # the checkout behind it for the benchmarks and tests.
     path = os.pathsep.join([str(site), str(ROOT)])
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "BATCHNORM_EXT_BACKEND": "prebuilt"}
+    variables["PYTHONUNBUFFERED"] = "1"  # what is killed has said all it had to
     share = build.share / (build.share + sum(stage.share for stage in checking))
     stages = [build, *checking]
     run_stages([build], budget_s * share, {}, log, report(stages))

@@ -75,7 +75,8 @@ def measure(
             rotate = cache == "cold" and not sweeps_cache
             buffers = cold_buffers(touched, session.device) if rotate else 1
             problem = make_problem(case, session.device, buffers, session.seed)
-            outcome = verified(session.contenders, problem, op)
+            outcome = verified(session.affordable(seconds / len(caches)), problem, op)
+            deadline += session.prepared(outcome)
             for name, reason in outcome.excluded.items():
                 exclude(session, name, case, op, reason)
             calls = {name: prepared.call for name, prepared in outcome.ready.items()}
@@ -115,7 +116,7 @@ def time_calls(
             ratio = ratio_of_medians(found, samples[OURS], session.seed)
             extra |= zip(("ratio", "ratio_low", "ratio_high"), map(_digits, ratio), strict=True)
         if session.device == "cuda":
-            launches = count_launches(calls[name])
+            launches = _launches(calls[name])
             extra |= {"launches": launches} if launches else {}
         else:
             extra["threads"] = torch.get_num_threads()
@@ -148,6 +149,14 @@ def _samplers(
         except Exception as error:  # for instance a call that a CUDA graph cannot hold
             exclude(session, name, case, op, f"cannot be timed: {first_line(error)}")
     return samplers
+
+
+def _launches(call: Call) -> int | None:
+    """What `count_launches` finds; None where there is no profiler, or a peer does not survive it."""
+    try:
+        return count_launches(call)
+    except Exception:
+        return None
 
 
 def _microseconds(summary: Summary) -> dict[str, float]:

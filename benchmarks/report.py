@@ -256,6 +256,17 @@ def _layers(record: Record) -> str:
     return _section("Layers", _case_table(rows)) if rows else ""
 
 
+def _case_order(found: dict[str, Row]) -> tuple[Any, ...]:
+    """Sets by name, sizes from small to large, the ops of a case together."""
+    row = next(iter(found.values()))
+    orders = ((LAYOUTS, "layout"), (DTYPES, "dtype"), (MINIMUM_TRAFFIC, "op"))
+    return (
+        *(group_of(row), row["shape"][2:], row["shape"], row["case"]),
+        *([*names].index(row[key]) for names, key in orders if row[key] in names),
+        row["cache"],
+    )
+
+
 def _case_table(rows: Sequence[Row]) -> str:
     peers = _present(rows)
     cases: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
@@ -263,7 +274,7 @@ def _case_table(rows: Sequence[Row]) -> str:
         key = tuple(str(row.get(name)) for name in IDENTITY if name != "contender")
         cases[key][row["contender"]] = row
     lines = []
-    for found in cases.values():
+    for found in sorted(cases.values(), key=_case_order):
         if OURS not in found:
             continue
         ours, floor = found[OURS], found.get(FLOOR)

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,12 @@ class Record:
     def merged(self, newer: Record) -> Record:
         """This record with what `newer` measured, which replaces entries of the same identity."""
         result = Record(newer.environment)
+        present = {row["contender"] for row in newer.rows}
+        older = replace(
+            self, missing=[entry for entry in self.missing if entry["contender"] not in present]
+        )
         for section, identity in SECTIONS.items():
-            both = [*getattr(self, section), *getattr(newer, section)]
+            both = [*getattr(older, section), *getattr(newer, section)]
             known = {_identity(entry, identity): entry for entry in both}
             setattr(result, section, list(known.values()))
         return result

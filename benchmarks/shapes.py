@@ -153,6 +153,13 @@ def spread(cases: Sequence[Case], wanted: int) -> list[Case]:
     return [cases[round((i + 0.5) * len(cases) / wanted - 0.5)] for i in range(wanted)]
 
 
+def scattered(cases: Sequence[Case]) -> list[Case]:
+    """The cases in an order of which any beginning is spread over all of them: bits reversed."""
+    bits = max(1, (len(cases) - 1).bit_length())
+    order = sorted(range(len(cases)), key=lambda index: f"{index:0{bits}b}"[::-1])
+    return [cases[index] for index in order]
+
+
 def cpu_shapes() -> list[Case]:
     """The broad CPU set: small and large batches of each family, in and far out of cache."""
     return [

@@ -421,6 +421,15 @@ def test_wrong_contender_is_reported_and_not_timed(contender: type, reason: str)
     assert reason in render(session.record)
 
 
+def test_scattered_cases_are_all_there_and_spread_early() -> None:
+    cases = [replace(SMALL, count=index + 1) for index in range(21)]
+    order = [case.count - 1 for case in shapes.scattered(cases)]
+    assert sorted(order) == list(range(21))
+    assert sorted(order[:4]) == [0, 4, 8, 16]
+    assert shapes.scattered(cases[:1]) == cases[:1]
+    assert shapes.scattered([]) == []
+
+
 # ----------------------------------------------------------------------------- sessions and schema
 
 
@@ -444,6 +453,42 @@ def test_budget_skips_what_comes_too_late() -> None:
     slow = Task("slow", lambda session, seconds: time.sleep(0.05))
     session.run([slow, Task("late", lambda session, seconds: None)], 0.01)
     assert session.skipped == ["late"]
+
+
+def test_failed_task_costs_the_others_nothing() -> None:
+    def broken(session: Session, seconds: float) -> None:
+        raise RuntimeError("no memory left")
+
+    session = make_session([Floor()])
+    first, last = layer_tasks([SMALL], ("forward", "eval"))
+    session.run([first, Task("broken", broken), last], 1.0)
+    assert session.failed == ["broken: RuntimeError: no memory left"]
+    assert [row["op"] for row in session.record.rows] == ["forward", "eval"]
+    session.run([*(Task("broken", broken) for _ in range(9)), last], 1.0)
+    assert len(session.failed) == 6
+    assert len(session.skipped) == 5
+
+
+class Compiling(Floor):
+    name = "torch_compile"
+    compiles = True
+
+    def forward(self, problem) -> Prepared:
+        time.sleep(0.05)
+        return super().forward(problem)
+
+
+def test_compiling_takes_its_share_of_the_time_and_says_so() -> None:
+    session = make_session([Floor(), Compiling()])
+    cases = [replace(SMALL, shape=(n, 3, 5, 7)) for n in range(2, 42)]
+    tasks = layer_tasks(cases, ("forward",))
+    for task in tasks:
+        task.run(session, 0.01)
+    compiled = sum(row["contender"] == "torch_compile" for row in session.record.rows)
+    assert 2 <= compiled <= 4  # 40 tasks of 0.01 s, of which 30 % buys 2.4 compilations of 0.05 s
+    session.run([], 1.0)
+    (entry,) = session.record.missing
+    assert entry["reason"].startswith(f"takes part in {compiled} of 40 measurements")
 
 
 def test_interrupt_keeps_what_was_measured() -> None:
@@ -760,11 +805,12 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
         stage("bad", "raise SystemExit(7)"),
         stage("endless", "import time; time.sleep(600)", share=0.05),
         gpu.Stage("absent", [], 1.0),
+        gpu.Stage("not a program", ["/does/not/exist"], 1.0),
         stage("last", f"assert float('{gpu.SECONDS}') > 0"),
     ]
     reports: list[list[str]] = []
     gpu.run_stages(stages, 60, {}, log, lambda: reports.append([one.state for one in stages]))
-    states = ["passed", "failed", "overran", "skipped", "passed"]
+    states = ["passed", "failed", "overran", "skipped", "failed", "passed"]
     assert reports[-1] == states
     assert len(reports) == len(stages)
     assert stages[0].tail.strip() == "said"
@@ -826,10 +872,16 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
         assert one.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
         assert int(one.environment["MAX_JOBS"]) >= 1
     stages = gpu._checking_stages(tmp_path)
-    assert [one.name for one in stages] == ["tests", *gpu.SANITIZERS, "benchmark"]
-    assert [one.decides for one in stages] == [True, True, True, True, False]
+    measuring = {one.name: one for one in stages if not one.decides}
+    assert list(measuring) == ["layers", "benchmark"]
+    for one in measuring.values():
+        commands.parser().parse_args([word.replace(gpu.SECONDS, "9") for word in one.command[3:]])
+    checking = [one for one in stages if one.decides]
+    assert [one.name for one in checking] == ["exercise", "tests", "system tests", *gpu.SANITIZERS]
+    for name in gpu.SYSTEM_TESTS:
+        assert (Path(__file__).parent / name).is_file()
     monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
-    absent = gpu._checking_stages(tmp_path)[1:4]
+    absent = [one for one in gpu._checking_stages(tmp_path) if one.name in gpu.SANITIZERS]
     assert all(one.command == [] and "not found" in one.note for one in absent)
 
 
