@@ -1,4 +1,6 @@
 # Types of the native module; tests hold this file against the module itself.
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,56 @@ def fast_path(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+) -> Tensor | None: ...
+def forward_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+    activation: str,
+    negative_slope: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]: ...
+def backward_act(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    strides: Sequence[int],
+    training: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+def fast_path_act(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+    activation: str,
+    negative_slope: float,
+    inplace: bool,
 ) -> Tensor | None: ...
 def channel_statistics(input: Tensor) -> Tensor: ...
 def finalize_statistics(

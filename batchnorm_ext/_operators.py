@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def _register_fakes() -> bool:
     if not _registered:
         torch.library.register_fake("batchnorm_ext::forward", _fake_forward)
         torch.library.register_fake("batchnorm_ext::backward", _fake_backward)
+        torch.library.register_fake("batchnorm_ext::forward_act", _fake_forward_act)
+        torch.library.register_fake("batchnorm_ext::backward_act", _fake_backward_act)
         torch.library.register_fake("batchnorm_ext::channel_statistics", _fake_channel_statistics)
         torch.library.register_fake("batchnorm_ext::finalize_statistics", _fake_finalize_statistics)
         torch.library.register_fake("batchnorm_ext::normalize", _fake_forward)
@@ -37,6 +40,32 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = input.new_empty(input.size(1), dtype=_reference.accumulate_dtype(input.dtype))
     return torch.empty_like(_reference.dense(input)), statistics, torch.empty_like(statistics)
+
+
+def _fake_forward_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    output, mean, inv_std = _fake_forward(input, weight, bias)
+    with_mask = others[-1]
+    mask = (
+        input.new_empty(_mask_bytes(output), dtype=torch.uint8) if with_mask else input.new_empty(0)
+    )
+    return output, mean, inv_std, torch.empty_like(mean), mask
+
+
+def _mask_bytes(output: Tensor) -> int:
+    """Return what the function of this name in csrc/core/params.h does."""
+    elements, channels = output.numel(), output.size(1)
+    inner = elements if channels == 1 else output.stride(1)
+    if elements == 0:
+        return 0
+    if inner == 1:
+        return elements // channels * ((channels + 7) // 8)
+    return elements // inner * ((inner + 7) // 8)
 
 
 def _fake_backward(
@@ -61,6 +90,39 @@ def _fake_backward(
         like = input
     dx = torch.empty_like(_reference.dense(like)) if need_dx else grad_output.new_empty(0)
     return dx, vector(dweight_dtype), vector(dbias_dtype)
+
+
+def _fake_backward_act(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    strides: Sequence[int],
+    training: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = input
+    if mask is not None and not (dweight_dtype is not None or (training and need_dx)):
+        like = grad_output.new_empty_strided(grad_output.shape, strides)
+    assert like is not None
+    dx, dweight, dbias = _fake_backward(
+        grad_output, like, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
+    )
+    if need_dx:
+        dx = torch.empty_like(_reference.dense(like))
+    dresidual = (
+        torch.empty_like(_reference.dense(like)) if need_dresidual else grad_output.new_empty(0)
+    )
+    return dx, dresidual, dweight, dbias
 
 
 def _fake_channel_statistics(input: Tensor) -> Tensor:
@@ -119,21 +181,36 @@ def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor |
     )
 
 
+# Whether the native kernels know activations yet; until then the same formulas in PyTorch serve.
+FUSED_KERNELS = False
+
+
 def forward_act(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The backend's `forward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
-    return _fused().forward_act(*arguments)
+    if not FUSED_KERNELS:
+        return _reference.forward_act(*arguments)  # type: ignore[arg-type]
+    if not _as_operator():
+        return _directly().forward_act(*arguments)
+    *results, mask = torch.ops.batchnorm_ext.forward_act(*arguments)
+    with_mask = arguments[13]
+    return (*results, mask if with_mask else None)
 
 
 def backward_act(
     *arguments: object,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The backend's `backward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
-    return _fused().backward_act(*arguments)
-
-
-def _fused() -> Any:
-    # A native module without these serves through the same formulas in PyTorch.
-    return backend() if hasattr(backend(), "forward_act") else _reference
+    if not FUSED_KERNELS:
+        return _reference.backward_act(*arguments)  # type: ignore[arg-type]
+    if not _as_operator():
+        return _directly().backward_act(*arguments)
+    results = torch.ops.batchnorm_ext.backward_act(*arguments)
+    need_dx, need_dresidual, dweight_dtype, dbias_dtype = arguments[10:14]
+    asked = need_dx, need_dresidual, dweight_dtype is not None, dbias_dtype is not None
+    dx, dresidual, dweight, dbias = (
+        t if want else None for t, want in zip(results, asked, strict=True)
+    )
+    return dx, dresidual, dweight, dbias
 
 
 def steps() -> Any:

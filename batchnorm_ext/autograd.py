@@ -288,9 +288,13 @@ def _differentiable_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is its memory and nothing else: no subclass, no torch.func transform in force."""
+    """Return whether a tensor is its memory and nothing else: no subclass, no transform in force, no batch of them."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and (
-        torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or not (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        )
     )
 
 

@@ -128,7 +128,6 @@ def batch_norm_act(
         As `batch_norm`; a residual of another shape, dtype or device; `inplace` with a leaf that requires a gradient.
     """
     _check_momentum("batch_norm_act", momentum)
-    check_activation(activation, negative_slope, inplace)
     return batch_norm_act_with_counter(
         input,
         residual,
@@ -236,7 +235,7 @@ def batch_norm_act_with_counter(
     negative_slope: float,
     inplace: bool,
 ) -> Tensor:
-    """Apply `batch_norm_act`, whose own arguments are known to be good, and count the batch in training."""
+    """Apply `batch_norm_act`; in training also count the batch, which ``momentum=None`` needs."""
     call = (
         input,
         running_mean,
@@ -251,6 +250,13 @@ def batch_norm_act_with_counter(
     )
     if residual is None and activation == "identity" and not inplace:
         return batch_norm_with_counter(*call)
+    if _operators.FUSED_KERNELS and not torch.compiler.is_compiling():
+        output = backend().fast_path_act(
+            input, residual, *call[1:], activation, negative_slope, inplace
+        )
+        if output is not None:
+            return output
+    check_activation(activation, negative_slope, inplace)
     _reference.check_residual(residual, input)
     if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
         raise RuntimeError(

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <string_view>
 
 namespace batchnorm_ext::bindings {
 
@@ -13,5 +14,12 @@ namespace batchnorm_ext::bindings {
 pybind11::object fast_path(pybind11::handle input, pybind11::handle running_mean, pybind11::handle running_var,
                            pybind11::handle weight, pybind11::handle bias, pybind11::handle num_batches_tracked,
                            bool training, std::optional<double> momentum, double eps, bool skip_nonfinite);
+
+// The same of a fused call. `inplace` is a permission: the input is overwritten where its gradients can do without it.
+pybind11::object fast_path_act(pybind11::handle input, pybind11::handle residual, pybind11::handle running_mean,
+                               pybind11::handle running_var, pybind11::handle weight, pybind11::handle bias,
+                               pybind11::handle num_batches_tracked, bool training, std::optional<double> momentum,
+                               double eps, bool skip_nonfinite, std::string_view activation, double negative_slope,
+                               bool inplace);
 
 }  // namespace batchnorm_ext::bindings

@@ -4,15 +4,60 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
+#include <utility>
+
 #include "bindings/device_call.h"
 
 namespace batchnorm_ext::bindings {
+namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight_arg,
-                                           const OptionalTensor& bias_arg, const OptionalTensor& running_mean_arg,
-                                           const OptionalTensor& running_var_arg, const OptionalTensor& counter_arg,
-                                           bool training, std::optional<double> momentum, double eps,
-                                           bool skip_nonfinite) {
+constexpr std::pair<std::string_view, Activation> activations[] = {
+    {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
+    {"elu", Activation::elu},           {"silu", Activation::silu}, {"hardswish", Activation::hardswish},
+};
+
+Activation checked_activation(std::string_view name) {
+  const auto activation = activation_of(name);
+  TORCH_CHECK_VALUE(activation.has_value(),
+                    "activation must be one of identity, relu, leaky_relu, elu, silu, hardswish, got '", name, "'");
+  return *activation;
+}
+
+// In the memory order of x.
+Tensor checked_residual(const OptionalTensor& residual, const Tensor& x) {
+  if (!residual.has_value()) return {};
+  check_like_input("residual", *residual, x);
+  return dense_as(*residual, x);
+}
+
+// A mask as forward_act returned it for this shape.
+const uint8_t* checked_mask(const OptionalTensor& mask, Activation activation, const Shape& shape, const Tensor& dy) {
+  if (!mask.has_value()) return nullptr;
+  TORCH_CHECK(has_one_bit_derivative(activation), "mask is that of relu or leaky_relu");
+  const int64_t bytes = mask_bytes(shape);
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 1 && mask->numel() == bytes && mask->is_contiguous() &&
+                  mask->device() == dy.device(),
+              "mask must be what forward_act returned: ", bytes, " contiguous bytes on ", dy.device());
+  return mask->const_data_ptr<uint8_t>();
+}
+
+Epilogue epilogue_of(Activation activation, double negative_slope, const Tensor& residual) {
+  return {activation, negative_slope, residual.defined() ? residual.const_data_ptr() : nullptr};
+}
+
+}  // namespace
+
+std::optional<Activation> activation_of(std::string_view name) {
+  for (const auto& [known, activation] : activations) {
+    if (name == known) return activation;
+  }
+  return std::nullopt;
+}
+
+Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
+                        const OptionalTensor& running_mean_arg, const OptionalTensor& running_var_arg,
+                        const OptionalTensor& counter_arg, bool training, std::optional<double> momentum, double eps,
+                        bool skip_nonfinite, const Fusion* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(input);
   const DType dtype = dtype_of(input.scalar_type());
@@ -32,10 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
               "momentum=None needs num_batches_tracked");
 
   const Tensor x = dense(input);
-  const Tensor y = at::empty_like(x);
+  const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
+  const Tensor y = fusion != nullptr && fusion->in_place ? x : at::empty_like(x);
   const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
   const Tensor mean = at::empty({channels}, statistics);
   const Tensor inv_std = at::empty({channels}, statistics);
+  Tensor shift, mask;
   const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
 
   ForwardParams params;
@@ -55,6 +102,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   params.batch_statistics = training;
   params.mean = mean.mutable_data_ptr();
   params.inv_std = inv_std.mutable_data_ptr();
+  if (fusion != nullptr) {
+    shift = at::empty({channels}, statistics);
+    params.shift = shift.mutable_data_ptr();
+    params.epilogue = epilogue_of(fusion->activation, fusion->negative_slope, residual);
+    if (fusion->with_mask) {
+      mask = at::empty({mask_bytes(params.shape)}, input.options().dtype(at::kByte));
+      params.mask = mask.mutable_data_ptr<uint8_t>();
+    }
+  }
   run(params, x);
 
   if (training) {
@@ -62,29 +118,40 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
     updated_var.publish();
     UpdatedBuffer(counter).publish();
   }
-  return {y, mean, inv_std};
+  return {y, mean, inv_std, shift, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,
-                                            const OptionalTensor& weight_arg, const Tensor& mean, const Tensor& inv_std,
-                                            bool training, bool need_dx, std::optional<at::ScalarType> dweight_dtype,
-                                            std::optional<at::ScalarType> dbias_dtype) {
+Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight_arg,
+                        const Tensor& mean, const Tensor& inv_std, bool training, bool need_dx,
+                        std::optional<at::ScalarType> dweight_dtype, std::optional<at::ScalarType> dbias_dtype,
+                        const FusedBackward* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(grad_output);
   const DType dtype = dtype_of(grad_output.scalar_type());
   check_device(grad_output);
-  const bool need_x = dweight_dtype.has_value() || (training && need_dx);
+  const bool need_deviation = dweight_dtype.has_value() || (training && need_dx);
+  const bool need_u = fusion != nullptr && fusion->activation != Activation::identity && !fusion->mask.has_value();
+  const bool need_x = need_deviation || need_u;
   TORCH_CHECK(!need_x || input.has_value(), "input is needed for the gradients asked for");
-  if (need_x) check_gradient_of(grad_output, *input);
+  if (need_x) check_like_input("grad_output", grad_output, *input);
   const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
-  check_saved(mean, inv_std, grad_output);
+  check_saved("mean", mean, grad_output);
+  check_saved("inv_std", inv_std, grad_output);
+  if (fusion != nullptr) {
+    check_saved("shift", fusion->shift, grad_output);
+    TORCH_CHECK(need_x || static_cast<int64_t>(fusion->strides.size()) == grad_output.dim(), "strides must have ",
+                grad_output.dim(), " values, got ", fusion->strides);
+  }
 
   const Tensor x = need_x ? dense(*input) : Tensor();
-  const Tensor dy = need_x ? dense_as(grad_output, x) : dense(grad_output);
+  const Tensor dy = need_x              ? dense_as(grad_output, x)
+                    : fusion != nullptr ? dense(strided_as(grad_output, fusion->strides))
+                                        : dense(grad_output);
   const auto vector_options = [&](at::ScalarType type) { return grad_output.options().dtype(type); };
   const Tensor dx = need_dx ? at::empty_like(dy) : Tensor();
   const Tensor dweight = dweight_dtype ? at::empty({channels}, vector_options(*dweight_dtype)) : Tensor();
   const Tensor dbias = dbias_dtype ? at::empty({channels}, vector_options(*dbias_dtype)) : Tensor();
+  Tensor residual, dresidual;
 
   BackwardParams params;
   params.shape = shape_of(dy);
@@ -98,8 +165,65 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Opt
   params.dweight = mutable_channel_vector(dweight);
   params.dbias = mutable_channel_vector(dbias);
   params.batch_statistics = training;
+  if (fusion != nullptr) {
+    if (need_u) residual = checked_residual(fusion->residual, x);
+    params.epilogue = epilogue_of(fusion->activation, fusion->negative_slope, residual);
+    params.shift = fusion->shift.const_data_ptr();
+    params.mask = checked_mask(fusion->mask, fusion->activation, params.shape, dy);
+    params.x_is_output = fusion->input_is_output;
+    if (fusion->need_dresidual) {
+      dresidual = at::empty_like(dy);
+      params.dresidual = dresidual.mutable_data_ptr();
+    }
+  }
   run(params, dy);
-  return {dx, dweight, dbias};
+  return {dx, dresidual, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                           const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                                           bool training, std::optional<double> momentum, double eps,
+                                           bool skip_nonfinite) {
+  auto result = forward_call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+                             eps, skip_nonfinite, nullptr);
+  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
+    double negative_slope, bool with_mask) {
+  const Fusion fusion{checked_activation(activation), negative_slope, residual, with_mask};
+  auto result = forward_call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+                             eps, skip_nonfinite, &fusion);
+  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std), std::move(result.shift),
+          std::move(result.mask)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,
+                                            const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std,
+                                            bool training, bool need_dx, std::optional<at::ScalarType> dweight_dtype,
+                                            std::optional<at::ScalarType> dbias_dtype) {
+  auto result =
+      backward_call(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype, nullptr);
+  return {std::move(result.dx), std::move(result.dweight), std::move(result.dbias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_act(const Tensor& grad_output, const OptionalTensor& input,
+                                                        const OptionalTensor& residual, const OptionalTensor& weight,
+                                                        const Tensor& mean, const Tensor& inv_std, const Tensor& shift,
+                                                        const OptionalTensor& mask, at::IntArrayRef strides,
+                                                        bool training, bool need_dx, bool need_dresidual,
+                                                        std::optional<at::ScalarType> dweight_dtype,
+                                                        std::optional<at::ScalarType> dbias_dtype,
+                                                        std::string_view activation, double negative_slope) {
+  const FusedBackward fusion{
+      checked_activation(activation), negative_slope, residual, shift, mask, strides, need_dresidual};
+  auto result =
+      backward_call(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype, &fusion);
+  return {std::move(result.dx), std::move(result.dresidual), std::move(result.dweight), std::move(result.dbias)};
 }
 
 }  // namespace batchnorm_ext::bindings

@@ -2,23 +2,93 @@
 #pragma once
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "bindings/tensors.h"
 
 namespace batchnorm_ext::bindings {
 
-// Normalises input; in training also updates the running statistics. Returns (output, mean, inv_std).
+// Of a name in Python; nothing if there is no such activation.
+std::optional<Activation> activation_of(std::string_view name);
+
+// Whether one bit an element, whether it passes, is all that the derivative depends on.
+inline bool has_one_bit_derivative(Activation activation) {
+  return activation == Activation::relu || activation == Activation::leaky_relu;
+}
+
+// What a fused call asks for beyond batch norm: y = activation(batch_norm(x) + residual).
+struct Fusion {
+  Activation activation = Activation::identity;
+  double negative_slope = 0.0;
+  OptionalTensor residual;
+  bool with_mask = false;  // forward: also one bit an element, which passes
+  bool in_place = false;   // forward: the output takes the memory of the input, where that is dense
+};
+
+// Results of forward; those that were not asked for are undefined.
+struct Normalized {
+  Tensor output, mean, inv_std, shift, mask;
+};
+
+// Normalises input; in training also updates the running statistics. Without a fusion, plain batch norm.
+Normalized forward_call(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+                        double eps, bool skip_nonfinite, const Fusion* fusion);
+
+// What forward_call left of a fused call, and what its backward is asked for beyond batch norm's gradients.
+struct FusedBackward {
+  Activation activation = Activation::identity;
+  double negative_slope = 0.0;
+  OptionalTensor residual;
+  Tensor shift;
+  OptionalTensor mask;      // serves instead of input, residual and weight for the activation's derivative
+  at::IntArrayRef strides;  // of the output
+  bool need_dresidual = false;
+  bool input_is_output = false;  // the call was in place: input is inverted
+};
+
+// Gradients of forward; those that were not asked for are undefined.
+struct Gradients {
+  Tensor dx, dresidual, dweight, dbias;
+};
+
+Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+                        const Tensor& mean, const Tensor& inv_std, bool training, bool need_dx,
+                        std::optional<at::ScalarType> dweight_dtype, std::optional<at::ScalarType> dbias_dtype,
+                        const FusedBackward* fusion);
+
+// ---- as Python and the dispatcher see them ----
+
+// Returns (output, mean, inv_std).
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                            bool training, std::optional<double> momentum, double eps,
                                            bool skip_nonfinite);
 
+// Returns (output, mean, inv_std, shift, mask), the mask undefined where not asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
+    double negative_slope, bool with_mask);
+
 // Gradients of forward: (dx, dweight, dbias), undefined where not asked for.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,
                                             const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std,
                                             bool training, bool need_dx, std::optional<at::ScalarType> dweight_dtype,
                                             std::optional<at::ScalarType> dbias_dtype);
+
+// Gradients of forward_act: (dx, dresidual, dweight, dbias), undefined where not asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_act(const Tensor& grad_output, const OptionalTensor& input,
+                                                        const OptionalTensor& residual, const OptionalTensor& weight,
+                                                        const Tensor& mean, const Tensor& inv_std, const Tensor& shift,
+                                                        const OptionalTensor& mask, at::IntArrayRef strides,
+                                                        bool training, bool need_dx, bool need_dresidual,
+                                                        std::optional<at::ScalarType> dweight_dtype,
+                                                        std::optional<at::ScalarType> dbias_dtype,
+                                                        std::string_view activation, double negative_slope);
 
 }  // namespace batchnorm_ext::bindings

@@ -138,8 +138,9 @@ Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const Opti
   const int64_t channels = channels_of(grad_output);
   const DType dtype = dtype_of(grad_output.scalar_type());
   check_device(grad_output);
-  check_gradient_of(grad_output, input);
-  check_saved(mean, inv_std, grad_output);
+  check_like_input("grad_output", grad_output, input);
+  check_saved("mean", mean, grad_output);
+  check_saved("inv_std", inv_std, grad_output);
   const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
   check_float64("sum_dy", sum_dy, channels, grad_output);
   check_float64("sum_dy_xhat", sum_dy_xhat, channels, grad_output);

@@ -4,6 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <optional>
 
@@ -43,12 +44,19 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous(tensor.suggest_memory_format());
 }
 
-// `tensor` with exactly the memory order of `like`, which is dense and has its sizes.
-inline Tensor dense_as(const Tensor& tensor, const Tensor& like) {
-  for (int64_t dim = 0; dim < like.dim(); ++dim) {
-    if (like.size(dim) > 1 && tensor.stride(dim) != like.stride(dim)) return at::empty_like(like).copy_(tensor);
+// `tensor` with exactly these strides, where they matter.
+inline Tensor strided_as(const Tensor& tensor, at::IntArrayRef strides) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) != strides[dim]) {
+      return at::empty_strided(tensor.sizes(), strides, tensor.options()).copy_(tensor);
+    }
   }
   return tensor;
+}
+
+// `tensor` with exactly the memory order of `like`, which is dense and has its sizes.
+inline Tensor dense_as(const Tensor& tensor, const Tensor& like) {
+  return strided_as(tensor, like.strides());
 }
 
 // In a dense tensor the stride of the channel dimension is the number of elements inside it.
@@ -94,25 +102,24 @@ inline Tensor checked_counter(const OptionalTensor& counter, const Tensor& input
   return *counter;
 }
 
-inline void check_gradient_of(const Tensor& grad_output, const Tensor& input) {
-  TORCH_CHECK(input.sizes() == grad_output.sizes(), "grad_output must have the shape of input ", input.sizes(),
-              ", got ", grad_output.sizes());
-  TORCH_CHECK(input.scalar_type() == grad_output.scalar_type(), "grad_output must have the dtype of input, ",
-              c10::toString(input.scalar_type()), ", got ", c10::toString(grad_output.scalar_type()));
-  TORCH_CHECK(input.device() == grad_output.device(), "grad_output must be on ", input.device(),
-              " (the device of input), got ", grad_output.device());
+// grad_output or a residual: of the input's shape, dtype and device.
+inline void check_like_input(const char* name, const Tensor& tensor, const Tensor& input) {
+  TORCH_CHECK(input.sizes() == tensor.sizes(), name, " must have the shape of input, ", input.sizes(), ", got ",
+              tensor.sizes());
+  TORCH_CHECK(input.scalar_type() == tensor.scalar_type(), name, " must have the dtype of input, ",
+              c10::toString(input.scalar_type()), ", got ", c10::toString(tensor.scalar_type()));
+  TORCH_CHECK(input.device() == tensor.device(), name, " must have the device of input, ", input.device(), ", got ",
+              tensor.device());
 }
 
-// mean and inv_std as forward returned them.
-inline void check_saved(const Tensor& mean, const Tensor& inv_std, const Tensor& grad_output) {
+// A vector as forward returned it.
+inline void check_saved(const char* name, const Tensor& saved, const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1);
   const at::ScalarType accumulate = accumulate_type(grad_output.scalar_type());
-  for (const Tensor& saved : {mean, inv_std}) {
-    TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
-                    saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
-                "mean and inv_std must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [",
-                channels, "] on ", grad_output.device());
-  }
+  TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
+                  saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
+              name, " must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [", channels,
+              "] on ", grad_output.device());
 }
 
 inline ChannelVector channel_vector(const Tensor& contiguous) {
