@@ -11,6 +11,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <mutex>
 #include <vector>
 
 #include "cuda/launch/backend.h"
@@ -28,13 +29,16 @@ inline cpu::Executor torch_executor() {
 }
 
 #ifdef BATCHNORM_EXT_WITH_CUDA
+// Of the current device. Read at its first call: to read them takes up memory of the device.
 inline const cuda::DeviceLimits& cached_device_limits(int device) {
-  static const std::vector<cuda::DeviceLimits> limits = [] {
-    std::vector<cuda::DeviceLimits> all(c10::cuda::device_count());
-    for (size_t i = 0; i < all.size(); ++i) all[i] = cuda::device_limits(static_cast<int>(i));
-    return all;
-  }();
-  return limits.at(device);
+  struct Entry {
+    std::once_flag once;
+    cuda::DeviceLimits limits;
+  };
+  static std::vector<Entry> entries(c10::cuda::device_count());
+  Entry& entry = entries.at(device);
+  std::call_once(entry.once, [&] { entry.limits = cuda::device_limits(device); });
+  return entry.limits;
 }
 
 // The workspace is freed to the caching allocator while the kernels may still run, which is safe: it is reused in the

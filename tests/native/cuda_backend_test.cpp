@@ -1,9 +1,12 @@
 // The CUDA backend, run in the CPU emulation through its own launches, against an oracle in long double.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -76,12 +79,12 @@ struct Case {
   Shape shape;
   DType dtype;
   DType parameters = DType::float32;
-  bool training = true, affine = true, running = true, cumulative = false, skip_nonfinite = false;
+  bool training = true, affine = true, running = true, cumulative = false, skip_nonfinite = false, in_place = false;
   int64_t x_offset = 0, y_offset = 0;  // elements past a vector boundary
   double mean = 0.5, deviation = 2.0;
   std::function<double(int64_t channel, int64_t sample)> value = nullptr;  // instead of random ones
   double eps = 1e-5, momentum = 0.1;
-  cuda::DeviceLimits limits{90, 4, 2048, 232448, 233472, 1 << 20, true};
+  cuda::DeviceLimits limits{90, 4, 2048, 232448, 233472, 1 << 20, true, {4, 2, 1, 0}};
 };
 
 struct Tensors {
@@ -128,7 +131,7 @@ ForwardParams forward_params(const Case& c, Tensors& t) {
   p.shape = c.shape;
   p.dtype = c.dtype;
   p.x = t.x.data();
-  p.y = t.y.data();
+  p.y = c.in_place ? t.x.data() : t.y.data();
   if (c.affine) {
     p.weight = t.weight.view();
     p.bias = t.bias.view();
@@ -337,14 +340,57 @@ Case streaming(Case c) {
   return c;
 }
 
-bool is_resident(const Case& c) {
+using Plans = std::array<cuda::ResidentPlan, 2>;
+
+Plans resident_plans(const Case& c) {
   Tensors t = inputs(c);
-  return cuda::plan_forward(forward_params(c, t), c.limits).resident.fits ||
-         cuda::plan_backward(backward_params(c, t, true, true, true), c.limits).resident.fits;
+  return {cuda::plan_forward(forward_params(c, t), c.limits).resident,
+          cuda::plan_backward(backward_params(c, t, true, true, true), c.limits).resident};
 }
 
-void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, true}}) {
-  if (is_resident(c)) check(streaming(c), subsets);
+// The same call by groups of blocks, as large as they can be: the least shared memory that both directions fit into.
+std::optional<Case> grouped(Case c, cuda::Exchange exchange) {
+  if (exchange == cuda::Exchange::cluster) {
+    c.limits.cooperative = false;
+  } else {
+    for (int& clusters : c.limits.active_clusters) clusters = 0;
+  }
+  for (c.limits.shared_bytes_per_multiprocessor = 4 << 10; c.limits.shared_bytes_per_multiprocessor < 160 << 10;
+       c.limits.shared_bytes_per_multiprocessor += 2 << 10) {
+    const Plans plans = resident_plans(c);
+    const auto is_wanted = [&](const cuda::ResidentPlan& plan) {
+      return plan.fits && plan.groups.exchange == exchange;
+    };
+    if (!std::all_of(plans.begin(), plans.end(), is_wanted)) continue;
+    c.name += exchange == cuda::Exchange::cluster ? ", clusters of " : ", across the grid by ";
+    c.name += std::to_string(plans[0].groups.size) + " and " + std::to_string(plans[1].groups.size);
+    return c;
+  }
+  return std::nullopt;
+}
+
+// What the cases reached.
+struct Reached {
+  int clusters = 0, grids = 0, several_tiles = 0, shared_merges = 0, phases = 0;
+
+  void note(const cuda::ResidentPlan& plan) {
+    if (!plan.fits || plan.groups.exchange == cuda::Exchange::none) return;
+    ++(plan.groups.exchange == cuda::Exchange::cluster ? clusters : grids);
+    several_tiles += plan.groups.tiles > plan.groups.count;
+    shared_merges += !plan.groups.each_merges;
+    phases += !plan.step.rows && plan.step.column_view.phases > 1;
+  }
+} reached;
+
+void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, true}}, bool all_ways = true) {
+  const Plans plans = resident_plans(c);
+  if (all_ways && (plans[0].fits || plans[1].fits)) {
+    check(streaming(c), subsets, false);
+    for (const auto exchange : {cuda::Exchange::cluster, cuda::Exchange::grid}) {
+      if (const auto by_groups = grouped(c, exchange)) check(*by_groups, subsets, false);
+    }
+  }
+  for (const cuda::ResidentPlan& plan : plans) reached.note(plan);
   using emulation::Order;
   const std::string name = c.name + " " + name_of(c.dtype) + (c.training ? " training" : " evaluation");
   try {
@@ -357,6 +403,10 @@ void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, 
         const Tensors before = inputs(c);
         Tensors after = before;
         run(c, forward_params(c, after));
+        if (c.in_place) {
+          after.y = after.x;
+          after.x = before.x;
+        }
         run(c, backward_params(c, after, g.dx, g.dweight, g.dbias));
         if (order == Order::ascending) {
           compare_forward(c, before, after, compare);
@@ -640,6 +690,22 @@ void nonfinite() {
   }
 }
 
+// What is finalised must not depend on whether another block of the group has overwritten its part already.
+void in_place() {
+  for (const Shape shape : {Shape{12, 6, 37}, Shape{3, 2, 1500}, Shape{60, 40, 1}, Shape{20, 5, 49}}) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      Case c{"in place", shape, dtype};
+      c.in_place = true;
+      check(c);
+      c.name = "in place, values near 1e30";
+      c.mean = 0;
+      c.deviation = 1e30;
+      c.parameters = DType::float64;
+      check(c);
+    }
+  }
+}
+
 void empty() {
   for (const Shape shape : {Shape{0, 4, 9}, Shape{4, 0, 9}, Shape{4, 3, 0}, Shape{0, 0, 0}}) {
     Case c{"empty", shape, DType::float32};
@@ -674,8 +740,10 @@ void launches() {
     return emulation::counters.launches - before;
   };
   Case split{"split channels", {16, 2, 4096}, DType::float32};
-  report(count(split, true) == 3, "split channels take three launches forward");
-  report(count(split, false) == 3, "split channels take three launches backward");
+  report(count(streaming(split), true) == 3, "split channels take three launches forward");
+  report(count(streaming(split), false) == 3, "split channels take three launches backward");
+  report(count(split, true) == 1, "groups of blocks take one launch forward");
+  report(count(split, false) == 1, "groups of blocks take one launch backward");
   Case small{"small", {4, 16, 8}, DType::float32};
   report(count(small, true) == 1, "a small tensor takes one launch forward");
   report(count(small, false) == 1, "a small tensor takes one launch backward");
@@ -688,7 +756,8 @@ void launches() {
 }
 
 void failures() {
-  const Case small{"failing", {4, 16, 8}, DType::float32}, split{"failing", {16, 2, 4096}, DType::float32};
+  const Case small{"failing", {4, 16, 8}, DType::float32};
+  const Case split = streaming({"failing", {16, 2, 4096}, DType::float32});
   const struct {
     const Case& c;
     int launch;
@@ -740,9 +809,17 @@ int main() {
   alignments();
   numerics();
   nonfinite();
+  in_place();
   joined();
   const cuda::DeviceLimits limits = cuda::device_limits(0);
-  report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.clusters, "device limits");
+  report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.cooperative &&
+             limits.active_clusters[0] == 4 && limits.active_clusters[2] == 1 && limits.active_clusters[3] == 0,
+         "device limits");
+  std::printf("calls by clusters %d, across the grid %d, of several tiles %d, with shared merges %d, in phases %d\n",
+              reached.clusters, reached.grids, reached.several_tiles, reached.shared_merges, reached.phases);
+  report(reached.clusters > 100 && reached.grids > 100 && reached.several_tiles > 50 && reached.shared_merges > 20 &&
+             reached.phases > 20,
+         "the cases reach all exchanges");
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

@@ -82,12 +82,20 @@ struct Warp {
   unsigned live = 0;
   int site = 0;
   uint64_t generation = 0;
-  alignas(16) unsigned char slots[32][16] = {};
+  alignas(16) unsigned char slots[2][32][16] = {};
+};
+
+// Blocks that start together.
+struct Company {
+  unsigned live = 0, arrived = 0;  // threads
+  uint64_t generation = 0;
 };
 
 struct Block {
   unsigned live = 0;
   Meeting barrier;
+  Company* cluster = nullptr;
+  Block* cluster_blocks = nullptr;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
 };
@@ -103,6 +111,8 @@ struct Fiber {
   uint64_t value = 0;
   bool busy = false;
   bool spinning = false;
+  bool arrived_at_cluster = false;
+  uint64_t cluster_generation = 0;
 };
 
 struct Engine {
@@ -113,6 +123,8 @@ struct Engine {
   size_t scheduler_stack_bytes = 0;
   Fiber* current = nullptr;
   const std::function<void()>* thread = nullptr;
+  Company grid;  // of a cooperative launch
+  Together together;
   std::string error;
 };
 Engine engine;
@@ -160,6 +172,22 @@ void wait_for(const uint64_t& generation) {
   suspend();
 }
 
+// The last of the living to arrive lets all go.
+void arrive(Company& company) {
+  if (++company.arrived == company.live) {
+    company.arrived = 0;
+    ++company.generation;
+  }
+}
+
+void leave(Company& company) {
+  --company.live;
+  if (company.live > 0 && company.arrived == company.live) {
+    company.arrived = 0;
+    ++company.generation;
+  }
+}
+
 void leave(Block& block, unsigned warp_index, unsigned own_lane) {
   Warp& warp = block.warps[warp_index];
   warp.live &= ~(1u << own_lane);
@@ -169,6 +197,9 @@ void leave(Block& block, unsigned warp_index, unsigned own_lane) {
     block.barrier.arrived = 0;
     ++block.barrier.generation;
   }
+  leave(*block.cluster);
+  leave(engine.grid);
+  if (block.live == 0) block.shared.reset();
 }
 
 // A fiber outlives the thread it runs: the next block's thread starts on the same stack.
@@ -177,6 +208,7 @@ void fiber_main() {
   for (;;) {
     (*engine.thread)();
     Fiber& fiber = *engine.current;
+    if (fiber.arrived_at_cluster) fail("ended between arriving at its cluster's barrier and waiting there");
     leave(*fiber.block, fiber.thread / 32, fiber.thread % 32);
     fiber.busy = false;
     suspend();
@@ -203,14 +235,19 @@ Fiber& new_fiber() {
 
 class Grid {
  public:
-  Grid(dim3 grid, dim3 block, size_t shared_bytes)
-      : grid_(grid), block_(block), shared_bytes_(shared_bytes), random_(settings.seed) {
+  Grid(dim3 grid, dim3 block, size_t shared_bytes, Together together)
+      : cluster_(together.cluster), grid_(grid), block_(block), shared_bytes_(shared_bytes), random_(settings.seed) {
     blockDim = block;
     gridDim = grid;
     if (block.y != 1 || block.z != 1) throw EmulationError("blocks of one dimension only");
-    blocks_.resize(std::min<uint64_t>(std::max(settings.live_blocks, 1u), uint64_t(grid.x) * grid.y * grid.z));
+    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    const uint64_t clusters = std::max(settings.live_blocks / cluster_, 1u);
+    blocks_.resize(together.cooperative ? blocks : std::min<uint64_t>(clusters * cluster_, blocks));
+    companies_.resize(blocks_.size() / cluster_);
+    engine.grid = Company{};
+    engine.grid.live = static_cast<unsigned>(blocks * block.x);
     while (engine.fibers.size() < blocks_.size() * block.x) new_fiber();
-    numbers_.resize(uint64_t(grid.x) * grid.y * grid.z);
+    numbers_.resize(blocks / cluster_);
     arrange(numbers_);
     turns_.resize(blocks_.size() * block.x);
     arrange(turns_);
@@ -219,7 +256,7 @@ class Grid {
   void run() {
     size_t started = 0;
     int idle_rounds = 0;
-    for (Block& block : blocks_) start(block, numbers_[started++]);
+    for (size_t c = 0; c < companies_.size(); ++c) start(c, numbers_[started++]);
     for (;;) {
       if (settings.order == Order::shuffled) std::shuffle(turns_.begin(), turns_.end(), random_);
       bool moved = false, busy = false;
@@ -234,9 +271,9 @@ class Grid {
         moved = moved || !fiber.spinning;
         if (!engine.error.empty()) give_up(std::exchange(engine.error, std::string()));
       }
-      for (Block& block : blocks_) {
-        if (block.live == 0 && started < numbers_.size()) {
-          start(block, numbers_[started++]);
+      for (size_t c = 0; c < companies_.size(); ++c) {
+        if (companies_[c].live == 0 && started < numbers_.size()) {
+          start(c, numbers_[started++]);
           busy = moved = true;
         }
       }
@@ -253,6 +290,17 @@ class Grid {
     if (settings.order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), random_);
   }
 
+  void start(size_t company, uint64_t number) {
+    companies_[company] = Company{};
+    companies_[company].live = cluster_ * block_.x;
+    Block* const blocks = blocks_.data() + company * cluster_;
+    for (unsigned rank = 0; rank < cluster_; ++rank) {
+      blocks[rank].cluster = &companies_[company];
+      blocks[rank].cluster_blocks = blocks;
+      start(blocks[rank], number * cluster_ + rank);
+    }
+  }
+
   void start(Block& block, uint64_t number) {
     block.live = block_.x;
     block.barrier = Meeting{};
@@ -267,24 +315,28 @@ class Grid {
                            static_cast<unsigned>(number / grid_.x / grid_.y)};
       fiber.block = &block;
       fiber.awaited = nullptr;
+      fiber.arrived_at_cluster = false;
       fiber.busy = true;
       block.warps[t / 32].live |= 1u << t % 32;
     }
   }
 
+  unsigned cluster_;
   dim3 grid_, block_;
   size_t shared_bytes_;
   std::mt19937_64 random_;
   std::vector<Block> blocks_;
-  std::vector<uint64_t> numbers_;  // of the blocks, in the order they start
-  std::vector<uint64_t> turns_;    // of the fibers
+  std::vector<Company> companies_;  // the clusters of these blocks
+  std::vector<uint64_t> numbers_;   // of the clusters, in the order they start
+  std::vector<uint64_t> turns_;     // of the fibers
 };
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Together together, const std::function<void()>& thread) {
   engine.thread = &thread;
-  Grid(grid, block, shared_bytes).run();
+  engine.together = together;
+  Grid(grid, block, shared_bytes, together).run();
 }
 
 void sync_block(int site) {
@@ -318,13 +370,43 @@ void sync_warp(unsigned mask, int site) {
   }
 }
 
+void sync_grid() {
+  if (!engine.together.cooperative) fail("waits for a grid that was not launched to be alive at once");
+  const uint64_t generation = engine.grid.generation;
+  arrive(engine.grid);
+  if (engine.grid.generation == generation) wait_for(engine.grid.generation);
+}
+
+void arrive_at_cluster() {
+  Fiber& fiber = *engine.current;
+  if (fiber.arrived_at_cluster) fail("arrives twice at its cluster's barrier");
+  fiber.arrived_at_cluster = true;
+  fiber.cluster_generation = fiber.block->cluster->generation;
+  arrive(*fiber.block->cluster);
+}
+
+void wait_for_cluster() {
+  Fiber& fiber = *engine.current;
+  if (!fiber.arrived_at_cluster) fail("waits at its cluster's barrier without having arrived");
+  fiber.arrived_at_cluster = false;
+  if (fiber.block->cluster->generation == fiber.cluster_generation) wait_for(fiber.block->cluster->generation);
+}
+
+unsigned char* shared_memory_of(unsigned rank) {
+  if (rank >= engine.together.cluster) fail("asks for the shared memory of a block beyond its cluster");
+  const Block& block = engine.current->block->cluster_blocks[rank];
+  if (block.live == 0) fail("asks for the shared memory of a block that has ended");
+  return block.shared.get();
+}
+
 void yield() {
   engine.current->spinning = true;
   suspend();
 }
 
-void* exchange_slot(unsigned index) {
-  return engine.current->block->warps[threadIdx.x / 32].slots[index];
+ExchangeSlots exchange_slots() {
+  Warp& warp = engine.current->block->warps[threadIdx.x / 32];
+  return warp.slots[warp.generation & 1];
 }
 
 }  // namespace emulation

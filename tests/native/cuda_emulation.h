@@ -5,10 +5,12 @@
 // Code that lacks a barrier gives other results in another order. What is reported at once, as EmulationError: threads
 // that wait for ever, that meet at different barriers, or that end while others of their warp still wait for them.
 // Shared memory is a block's own, filled with rubbish, and its bounds are AddressSanitizer's to watch; it is reached
-// through emulation::shared_memory(), since a __shared__ variable could not be one for each living block.
+// through emulation::shared_memory(), since a __shared__ variable could not be one for each living block. Blocks of a
+// cluster, and all of a cooperative launch, are alive together; a block's shared memory is freed when it ends.
 // What cannot be seen here: the order in which memory becomes visible between blocks, bank conflicts, speed.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -58,6 +60,13 @@ struct Settings {
 };
 inline Settings settings;
 
+// Stands for a device of compute capability 9.0 with few multiprocessors.
+struct Device {
+  int multiprocessors = 4;
+  int64_t shared_bytes_per_block = 232448, shared_bytes_per_multiprocessor = 233472;
+};
+inline Device device;
+
 // Of the last launches, for tests of how much is launched.
 struct Counters {
   int64_t launches = 0;
@@ -74,35 +83,45 @@ inline unsigned char* shared_memory() {
 }
 
 // The engine, in cuda_emulation.cpp. `site` tells one barrier of the source from another.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+struct Together {
+  unsigned cluster = 1;      // blocks of a cluster, which start together
+  bool cooperative = false;  // all blocks start together
+};
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Together together, const std::function<void()>& thread);
 void sync_block(int site);
 void sync_warp(unsigned mask, int site);
-void yield();                         // for loops that wait for another block
-void* exchange_slot(unsigned index);  // 16 bytes of each lane of the warp
+void sync_grid();
+void arrive_at_cluster();
+void wait_for_cluster();
+unsigned char* shared_memory_of(unsigned rank);  // of a block of the cluster
+void yield();                                    // for loops that wait for another block
+// 16 bytes of each lane of the warp, of two sets in turn: who writes to a set again has met all who read it before.
+using ExchangeSlots = unsigned char (*)[16];
+ExchangeSlots exchange_slots();
 
 template <class V>
 V shuffle(unsigned mask, V value, unsigned source, int site) {
   static_assert(sizeof(V) <= 16 && std::is_trivially_copyable_v<V>);
-  memcpy(exchange_slot(lane), &value, sizeof(V));
+  const ExchangeSlots slots = exchange_slots();
+  memcpy(slots[lane], &value, sizeof(V));
   sync_warp(mask, site);
   V result;
-  memcpy(&result, exchange_slot(source), sizeof(V));
-  sync_warp(mask, site);
+  memcpy(&result, slots[source], sizeof(V));
   return result;
 }
 
 inline unsigned ballot(unsigned mask, bool predicate, int site) {
+  const ExchangeSlots slots = exchange_slots();
   const unsigned bit = predicate ? 1u : 0u;
-  memcpy(exchange_slot(lane), &bit, sizeof(bit));
+  memcpy(slots[lane], &bit, sizeof(bit));
   sync_warp(mask, site);
   unsigned result = 0;
   for (unsigned i = 0; i < 32; ++i) {
     if ((mask >> i & 1u) == 0) continue;
     unsigned other;
-    memcpy(&other, exchange_slot(i), sizeof(other));
+    memcpy(&other, slots[i], sizeof(other));
     result |= other << i;
   }
-  sync_warp(mask, site);
   return result;
 }
 
@@ -162,16 +181,20 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess                     ? "no error"
-         : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-                                                  : "unspecified launch failure";
+  return error == cudaSuccess                          ? "no error"
+         : error == cudaErrorInvalidConfiguration      ? "invalid configuration argument"
+         : error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch"
+                                                       : "unspecified launch failure";
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
 }
 
-// Stands for a device of compute capability 9.0 with few multiprocessors.
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -180,46 +203,115 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrL2CacheSize,
+  cudaDevAttrCooperativeLaunch,
   cudaDevAttrClusterLaunch,
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int values[] = {9, 0, 4, 2048, 232448, 233472, 1 << 20, 1};
+  const emulation::Device& device = emulation::device;
+  const int values[] = {9,
+                        0,
+                        device.multiprocessors,
+                        2048,
+                        static_cast<int>(device.shared_bytes_per_block),
+                        static_cast<int>(device.shared_bytes_per_multiprocessor),
+                        1 << 20,
+                        1,
+                        1};
   *value = values[attribute];
   return cudaSuccess;
 }
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 
 namespace emulation {
-inline std::map<const void*, size_t> consented_shared_bytes;  // of kernels that asked for more than 48 KiB
+struct Consent {
+  size_t shared_bytes = 48 * 1024;
+  unsigned cluster = 8;
+};
+inline std::map<const void*, Consent> consents;  // of kernels that asked for more than any may have
+
+// Blocks that a multiprocessor can hold at once.
+inline int64_t blocks_at_once(unsigned threads, size_t shared_bytes) {
+  return std::min<int64_t>(2048 / threads,
+                           device.shared_bytes_per_multiprocessor / static_cast<int64_t>(shared_bytes + 1024));
 }
+}  // namespace emulation
+
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
-  if (value > 232448) return cudaErrorInvalidValue;
-  emulation::consented_shared_bytes[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  emulation::Consent& consent = emulation::consents[reinterpret_cast<const void*>(kernel)];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    consent.cluster = value ? 16 : 8;
+  } else {
+    if (value > emulation::device.shared_bytes_per_block) return cudaErrorInvalidValue;
+    consent.shared_bytes = static_cast<size_t>(value);
+  }
   return cudaSuccess;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int cooperative;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+namespace emulation {
+inline Together together_of(const cudaLaunchConfig_t& config) {
+  Together together;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) together.cooperative = attribute.val.cooperative != 0;
+    if (attribute.id == cudaLaunchAttributeClusterDimension) together.cluster = attribute.val.clusterDim.x;
+  }
+  return together;
+}
+}  // namespace emulation
+
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
+                                           const cudaLaunchConfig_t* config) {
+  const emulation::Together together = emulation::together_of(*config);
+  if (together.cluster > emulation::consents[reinterpret_cast<const void*>(kernel)].cluster) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const int64_t at_once = emulation::blocks_at_once(config->blockDim.x, config->dynamicSmemBytes);
+  *clusters = static_cast<int>(at_once * emulation::device.multiprocessors / together.cluster);
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  const auto consented = emulation::consented_shared_bytes.find(reinterpret_cast<const void*>(kernel));
-  const size_t most = consented == emulation::consented_shared_bytes.end() ? 48 * 1024 : consented->second;
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+  const emulation::Consent consent = emulation::consents[reinterpret_cast<const void*>(kernel)];
+  const emulation::Together together = emulation::together_of(*config);
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535 ||
-      threads == 0 || threads > 1024 || config->dynamicSmemBytes > most) {
+      threads == 0 || threads > 1024 || config->dynamicSmemBytes > consent.shared_bytes || together.cluster == 0 ||
+      together.cluster > consent.cluster || grid.x % together.cluster != 0) {
     return cudaErrorInvalidConfiguration;
+  }
+  const int64_t at_once = emulation::blocks_at_once(block.x, config->dynamicSmemBytes);
+  if (together.cooperative && blocks > at_once * emulation::device.multiprocessors) {
+    return cudaErrorCooperativeLaunchTooLarge;
   }
   if (emulation::settings.fail_launch >= 0 && emulation::settings.fail_launch-- == 0) return cudaErrorLaunchFailure;
   ++emulation::counters.launches;
-  emulation::counters.blocks += int64_t(grid.x) * grid.y * grid.z;
-  emulation::run_grid(grid, block, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  emulation::counters.blocks += blocks;
+  emulation::run_grid(grid, block, config->dynamicSmemBytes, together, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

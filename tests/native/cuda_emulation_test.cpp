@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cooperative_groups.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -83,6 +84,72 @@ __global__ void barrier_between_blocks(int* arrived, int* seen) {
   seen[blockIdx.x * blockDim.x + threadIdx.x] = *arrived;
 }
 
+// Each block of a cluster reads what its neighbour has written.
+__global__ void neighbours(int* out, int waits) {
+  const auto cluster = cooperative_groups::this_cluster();
+  int* const shared = reinterpret_cast<int*>(emulation::shared_memory());
+  shared[threadIdx.x] = static_cast<int>(blockIdx.x * 100 + threadIdx.x);
+  if (waits & 1) cluster.sync();
+  out[blockIdx.x * blockDim.x + threadIdx.x] =
+      cluster.map_shared_rank(shared, static_cast<int>((blockIdx.x + 1) % 4))[threadIdx.x];
+  if (waits & 2) cluster.sync();
+}
+
+__global__ void sums_of_grid(int* values, int* out) {
+  values[blockIdx.x] = static_cast<int>(blockIdx.x);
+  cooperative_groups::this_grid().sync();
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += values[i];
+  out[blockIdx.x] = sum;
+}
+
+template <class... Parameters, class... Arguments>
+bool runs(unsigned blocks, unsigned threads, cudaLaunchAttribute attribute, void (*kernel)(Parameters...),
+          Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = threads * sizeof(int);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  try {
+    return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
+  } catch (const emulation::EmulationError&) {
+    return false;
+  }
+}
+
+cudaLaunchAttribute cluster_of(unsigned size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  return attribute;
+}
+
+cudaLaunchAttribute cooperative(int value) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = value;
+  return attribute;
+}
+
+void blocks_together() {
+  std::vector<int> out(12 * 32), expected(12 * 32), values(8), sums(8);
+  for (int i = 0; i < 12 * 32; ++i) expected[i] = (i / 128 * 4 + (i / 32 + 1) % 4) * 100 + i % 32;
+  report(runs(12, 32, cluster_of(4), neighbours, out.data(), 3) && out == expected, "shared memory of a cluster");
+  // Without the last barrier a neighbour may have ended.
+  report(!runs(12, 32, cluster_of(4), neighbours, out.data(), 1), "shared memory of an ended block is caught");
+  report(!runs(12, 32, cluster_of(3), neighbours, out.data(), 3), "a block beyond its cluster is caught");
+  report(!runs(10, 32, cluster_of(4), neighbours, out.data(), 3), "a part of a cluster is not launched");
+  report(!runs(16, 32, cluster_of(16), neighbours, out.data(), 3), "a large cluster needs consent");
+
+  report(runs(8, 32, cooperative(1), sums_of_grid, values.data(), sums.data()) && sums == std::vector<int>(8, 28),
+         "the barrier of a grid");
+  report(!runs(8, 32, cooperative(0), sums_of_grid, values.data(), sums.data()), "a grid that may not wait is caught");
+  report(!runs(257, 32, cooperative(1), sums_of_grid, values.data(), sums.data()),
+         "a grid that cannot be alive at once is refused");
+}
+
 bool is_refused(void (*kernel)(int*)) {
   std::vector<int> out(64);
   try {
@@ -115,6 +182,8 @@ int main() {
     report(right, "shuffles and ballots of each warp");
     report(is_refused(different_barriers), "threads at different barriers are caught");
     report(is_refused(lanes_that_left), "waiting for lanes that have ended is caught");
+
+    blocks_together();
 
     emulation::settings.live_blocks = 4;
     report(blocks_meet(4), "blocks that are alive at once can wait for each other");

@@ -29,10 +29,10 @@ struct Device {
   DeviceLimits limits;
 };
 constexpr Device devices[] = {
-    {"H200", {90, 132, 2048, 232448, 233472, 50 << 20, true}},
-    {"A100", {80, 108, 2048, 166912, 167936, 40 << 20, false}},
-    {"RTX 4090", {89, 128, 1536, 101376, 102400, 72 << 20, false}},
-    {"T4", {75, 40, 1024, 65536, 65536, 4 << 20, false}},
+    {"H200", {90, 132, 2048, 232448, 233472, 50 << 20, true, {132, 66, 32, 0}}},
+    {"A100", {80, 108, 2048, 166912, 167936, 40 << 20, true, {}}},
+    {"RTX 4090", {89, 128, 1536, 101376, 102400, 72 << 20, true, {}}},
+    {"T4", {75, 40, 1024, 65536, 65536, 4 << 20, true, {}}},
 };
 
 std::string describe(const Device& device, const Shape& shape, DType dtype, const Alignment& alignment) {
@@ -117,6 +117,29 @@ BackwardParams backward_call(const Shape& shape, DType dtype, int64_t misalignme
   return call;
 }
 
+// What resident groups must be to run at all, on every device.
+bool groups_can_run(const ResidentPlan& plan, const DeviceLimits& limits) {
+  const Groups& groups = plan.groups;
+  const int blocks = kResidentBlocks * limits.multiprocessors;
+  if (groups.size < 1 || groups.count < 1 || groups.count > groups.tiles || groups.tiles != plan.step.tiles)
+    return false;
+  if (plan.step.splits > groups.size) return false;  // what no block has would be left out
+  switch (groups.exchange) {
+    case Exchange::none:
+      return groups.size == 1 && groups.count == groups.tiles;
+    case Exchange::cluster:
+      return groups.count == groups.tiles && groups.size > 1 && groups.size <= 16 &&
+             (groups.size & (groups.size - 1)) == 0 &&
+             std::any_of(std::begin(limits.active_clusters), std::end(limits.active_clusters),
+                         [&](const int& clusters) {
+                           return clusters > 0 && groups.size <= 2 << (&clusters - limits.active_clusters);
+                         });
+    default:
+      return limits.cooperative && groups.size * groups.count <= blocks && groups.board_bytes % kWorkspaceLine == 0 &&
+             group_workspace_bytes(groups) > 0;
+  }
+}
+
 void coverage() {
   std::mt19937_64 random(3);
   int residents = 0;
@@ -138,7 +161,8 @@ void coverage() {
     const ResidentPlan resident = plan_backward(call, device.limits).resident;
     if (!resident.fits) continue;
     ++residents;
-    report(resident.step.splits == 1 && covers(resident.step, shape), "covered once by resident blocks: " + name);
+    report(covers(resident.step, shape), "covered once by resident blocks: " + name);
+    report(groups_can_run(resident, device.limits), "groups can run: " + name);
     report(int64_t(resident.shared_bytes) <= device.limits.shared_bytes_per_block &&
                2 * int64_t(resident.shared_bytes) <= device.limits.shared_bytes_per_multiprocessor,
            "two resident blocks fit a multiprocessor: " + name);
@@ -191,15 +215,6 @@ void choices() {
          "tensors that share no boundaries go by elements");
   report(plan({2048, 2048, 1 << 13}, DType::float16).row_view.splits == 1, "enough channels are not split");
 
-  const auto is_resident = [&](Shape shape, DType dtype) {
-    return plan_backward(backward_call(shape, dtype, 0), h200).resident.fits;
-  };
-  report(is_resident({32, 128, 28 * 28}, DType::bfloat16), "28x28 at batch 32 in 16 bits stays on the chip");
-  report(is_resident({24, 2048, 7 * 7}, DType::bfloat16), "7x7 at batch 24 in 16 bits stays on the chip");
-  report(is_resident({32, 64, 1}, DType::float32), "a small matrix stays on the chip");
-  report(!is_resident({256, 64, 112 * 112}, DType::bfloat16), "112x112 at batch 256 streams");
-  report(!is_resident({int64_t(1) << 34, 8, 1}, DType::bfloat16), "more than 2^31 rows stream");
-
   const Shape huge{3, 5, int64_t(1) << 33};
   const StepPlan large = plan(huge, DType::bfloat16);
   report(large.row_view.split_vectors * large.splits >= huge.outer * large.row_view.run_vectors && is_launchable(large),
@@ -207,6 +222,65 @@ void choices() {
   const Shape tall{int64_t(1) << 34, 8, 1};
   const StepPlan rows = plan(tall, DType::bfloat16);
   report(rows.column_view.phase_rows * rows.splits >= tall.outer && is_launchable(rows), "more than 2^31 rows");
+}
+
+void resident_groups() {
+  struct Expected {
+    const char* device;
+    Shape shape;
+    DType dtype;
+    bool fits;
+    Exchange exchange;
+    int at_least, at_most;  // blocks of a group
+    const char* why;
+  };
+  constexpr auto none = Exchange::none, cluster = Exchange::cluster, grid = Exchange::grid;
+  constexpr DType bf16 = DType::bfloat16, f32 = DType::float32;
+  const Expected expected[] = {
+      {"H200", {32, 64, 1}, f32, true, none, 1, 1, "a small matrix needs one block"},
+      {"H200", {24, 2048, 49}, bf16, true, none, 1, 1, "7x7 at batch 24: a tile in a block"},
+      {"H200", {128, 2048, 49}, bf16, true, cluster, 8, 8, "7x7 at batch 128"},
+      {"H200", {256, 2048, 49}, bf16, true, grid, 9, 10, "7x7 at batch 256: more than a cluster holds"},
+      {"H200", {32, 64, 56 * 56}, bf16, true, cluster, 4, 4, "56x56 at batch 32"},
+      {"H200", {256, 256, 28 * 28}, bf16, true, cluster, 8, 8, "28x28 at batch 256: the largest cluster"},
+      {"H200", {256, 64, 112 * 112}, bf16, true, grid, 120, 132, "112x112 at batch 256: two groups"},
+      {"H200", {4, 128, 1024 * 1024}, bf16, true, grid, 150, 264, "a slice of 8 MB, two tensors of it: one group"},
+      {"H200", {32 * 56 * 56, 64, 1}, bf16, true, grid, 40, 132, "channels last at batch 32"},
+      {"H200", {256 * 112 * 112, 64, 1}, bf16, false, none, 0, 0, "channels last at batch 256 streams"},
+      {"H200", {64, 3, 224 * 224}, bf16, true, grid, 190, 264, "three channels, each by the whole device"},
+      {"H200", {32, 3, 224 * 224}, bf16, true, grid, 80, 88, "three channels share the device"},
+      {"A100", {16, 128, 28 * 28}, bf16, true, none, 1, 1, "28x28 at batch 16 in one block"},
+      {"A100", {32, 128, 28 * 28}, bf16, true, grid, 2, 3, "28x28 at batch 32 in more"},
+      {"A100", {256, 256, 28 * 28}, bf16, true, grid, 10, 27, "no clusters"},
+      {"RTX 4090", {256, 256, 28 * 28}, bf16, true, grid, 16, 32, "half the shared memory"},
+      {"T4", {256, 256, 28 * 28}, bf16, true, grid, 26, 40, "less shared memory still"},
+      {"T4", {256, 64, 112 * 112}, bf16, false, none, 0, 0, "what T4 cannot hold streams"},
+      {"H200", {int64_t(1) << 34, 8, 1}, bf16, false, none, 0, 0, "more than 2^31 rows stream"},
+  };
+  for (const Expected& e : expected) {
+    const Device& device = *std::find_if(std::begin(devices), std::end(devices),
+                                         [&](const Device& d) { return std::string(d.name) == e.device; });
+    const ResidentPlan plan = plan_backward(backward_call(e.shape, e.dtype, 0), device.limits).resident;
+    const bool right =
+        plan.fits == e.fits && (!e.fits || (plan.groups.exchange == e.exchange && plan.groups.size >= e.at_least &&
+                                            plan.groups.size <= e.at_most));
+    char found[120];
+    std::snprintf(found, sizeof found, ": fits %d, exchange %d, %d groups of %d for %d tiles", plan.fits,
+                  static_cast<int>(plan.groups.exchange), plan.groups.count, plan.groups.size, plan.groups.tiles);
+    report(right, std::string(e.device) + ", " + e.why + found);
+  }
+
+  const DeviceLimits& h200 = devices[0].limits;
+  const BackwardParams call = backward_call({256, 64, 112 * 112}, DType::bfloat16, 0);
+  DeviceLimits less = h200;
+  less.cooperative = false;
+  report(!plan_backward(call, less).resident.fits, "no groups across the grid without cooperative launches");
+  DeviceLimits more = h200;
+  more.active_clusters[3] = 14;
+  const BackwardParams wide = backward_call({256, 256, 56 * 56}, DType::bfloat16, 0);
+  report(plan_backward(wide, h200).resident.groups.exchange == Exchange::grid, "56x56 at batch 256 by the grid");
+  const Groups sixteen = plan_backward(wide, more).resident.groups;
+  report(sixteen.exchange == Exchange::grid || sixteen.size == 16, "clusters of 16 where they are allowed");
 }
 
 void workspace() {
@@ -219,9 +293,15 @@ void workspace() {
     forward.y = memory;
     forward.batch_statistics = true;
     const ForwardPlan training = plan_forward(forward, device.limits);
-    report(training.coefficients_offset % 256 == 0 &&
-               training.coefficients_offset >= size_t(64 * 16) * training.statistics.splits &&
-               training.workspace_bytes >= training.coefficients_offset + 64 * 12,
+    if (training.resident.fits) {
+      report(int64_t(training.workspace_bytes) == group_workspace_bytes(training.resident.groups),
+             std::string("workspace of groups on ") + device.name);
+    }
+    forward.y = memory + 2;  // tensors that share no vectors
+    const ForwardPlan streaming = plan_forward(forward, device.limits);
+    report(!streaming.resident.fits && streaming.coefficients_offset % 256 == 0 &&
+               streaming.coefficients_offset >= size_t(64 * 16) * streaming.statistics.splits &&
+               streaming.workspace_bytes >= streaming.coefficients_offset + 64 * 12,
            std::string("forward workspace on ") + device.name);
     forward.batch_statistics = false;
     report(plan_forward(forward, device.limits).workspace_bytes == 0, "evaluation needs no workspace");
@@ -237,6 +317,7 @@ int main() {
   coverage();
   fills_the_device();
   choices();
+  resident_groups();
   workspace();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
   Walk walk(view, tile, split);
   Coefficients coefficients[kChannelsPerThread<View, kVector>];
   take_coefficients(coefficients, of_tile, walk);
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int64_t) {
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int) {
     Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
     load<Reuse::none>(whole, packs, op.inputs, slots);
     map_and_store(op, whole, packs, coefficients, slots, op.output, op.output_reuse);

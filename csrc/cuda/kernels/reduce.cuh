@@ -11,6 +11,18 @@
 
 namespace batchnorm_ext::cuda {
 
+// Calls use(j, lane, active) for each j below count, by `width` threads each, a power of two up to the size of a warp,
+// which have the lanes 0 to width - 1. Whole warps call it: what is not active has no j.
+template <int kThreads, class Use>
+__device__ __forceinline__ void for_channels(int count, int width, Use&& use) {
+  const int lane = static_cast<int>(threadIdx.x) % width;
+  const int warp_first = static_cast<int>(threadIdx.x) / kWarp * kWarp / width;
+  const int own = static_cast<int>(threadIdx.x) / width;
+  for (int first = 0; first + warp_first < count; first += kThreads / width) {
+    use(first + own, lane, first + own < count);
+  }
+}
+
 // Brings the sums of a block's threads together: calls complete(j, total, active) for each channel j of the tile, by
 // whole warps, with the same total in every thread of a channel; `active` in one of them. `items` is shared memory for
 // one item of each sum of each thread.
@@ -26,17 +38,11 @@ __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const
   }
   __syncthreads();
 
-  const int width = walk.fold_width();
-  const int lane = static_cast<int>(threadIdx.x) % width;
-  const int warp_first = static_cast<int>(threadIdx.x) / kWarp * kWarp / width;
-  const int own = static_cast<int>(threadIdx.x) / width;
-  for (int first = 0; first + warp_first < tile.count; first += kThreads / width) {
-    const int j = first + own;
-    const bool active = j < tile.count;
+  for_channels<kThreads>(tile.count, walk.fold_width(), [&](int j, int lane, bool active) {
     const auto total = op.template fold<typename Op::A>([&](int i) { return items[walk.fold_index(j, i)]; },
-                                                        active ? walk.fold_items() : 0, lane, width);
+                                                        active ? walk.fold_items() : 0, lane, walk.fold_width());
     complete(j, total, active && lane == 0);
-  }
+  });
 }
 
 template <class Op, class Walk, int kSums>
@@ -60,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
   typename Op::Accumulator sums[kChannelsPerThread<View, kVector>];
   begin_sums(op, walk, tile, sums);
 
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int64_t index) {
+  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int index) {
     Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
     load<Op::kReuse>(whole, packs, op.inputs, slots);
     op.accumulate(whole, sums, packs, slots, index == 0);

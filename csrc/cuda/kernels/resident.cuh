@@ -1,4 +1,4 @@
-// The kernel that runs all steps of a direction in one launch, where a block can keep all of its channels on the chip.
+// The kernel that runs all steps of a direction in one launch, where a group of blocks can keep a tile on the chip.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,37 +7,64 @@
 
 #include "cuda/kernels/pointwise.cuh"
 #include "cuda/kernels/reduce.cuh"
+#include "cuda/primitives/block_group.cuh"
 #include "cuda/primitives/shared_memory.cuh"
 #include "cuda/primitives/tile_walk.cuh"
 
 namespace batchnorm_ext::cuda {
 
-// How many the plan leaves shared memory for.
-constexpr int kResidentBlocks = 2;
+// From the partial results on the group's boards to the coefficients of all the tile's channels. Partial results are
+// merged in double, in the order of ranks; one block of the group saves what is to be saved of a channel.
+template <int kThreads, class Op, class Group>
+__device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, Group& group, const Tile& tile,
+                                            typename Op::Coefficients* of_tile) {
+  const int share = groups.each_merges ? tile.count : (tile.count + groups.size - 1) / groups.size;
+  const int first = groups.each_merges ? 0 : group.rank() * share;
+  const int count = tile.count - first < share ? tile.count - first : share;
+  const bool saves = !groups.each_merges || group.rank() == 0;
+  auto* const merged = groups.each_merges ? of_tile : group.board(group.rank()).coefficients;
+  int width = 1;
+  while (width < kWarp && width < groups.size) width *= 2;
 
-// Block `tile` reads its channels once, keeps what it read in shared memory, sums it, finalises the channels, and maps
-// what it kept: `reduce` and `pointwise` in one, with the same sums to the bit as if unsplit. Each thread keeps its own
-// vectors, kept[vector][input][word][thread]; shared are only the sums and the coefficients. Block 0 counts the batch
-// if `num_batches_tracked` is not null; no block may then read it.
+  group.meet(0);
+  for_channels<kThreads>(count, width, [&](int i, int lane, bool active) {
+    const int j = first + i;
+    const auto total = op.template fold<double>([&](int rank) { return group.board(rank).items[j]; },
+                                                active ? groups.size : 0, lane, width);
+    op.complete(tile.first + j, total, active && lane == 0, saves, merged + j);
+  });
+  if (!groups.each_merges) {
+    group.meet(1);
+    for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
+      of_tile[j] = group.board(j / share).coefficients[j];
+    }
+  }
+  group.end_reading();
+}
+
+// Each group reads its tiles one after the other: a block reads its split once, keeps what it read in shared memory,
+// sums it, exchanges the sums with its group, and maps what it kept by the coefficients that follow: `reduce` and
+// `pointwise` in one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums
+// and the board. Block 0 counts the batch if `num_batches_tracked` is not null; no block may then read it.
 template <class Op, class View, int kVector, int kThreads>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    resident(const View view, const Op op, int thread_vectors, typename Op::T* output, int64_t* num_batches_tracked) {
+    resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
+             typename Op::T* output, Reuse output_reuse, int64_t* num_batches_tracked) {
   using T = typename Op::T;
   using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Item = typename Op::Item;
   using Coefficients = typename Op::Coefficients;
+  using Group = BlockGroup<Item, Coefficients>;
   constexpr int kSums = kChannelsPerThread<View, kVector>;
   constexpr int kPackWords = kWords<T, kVector>;
 
-  const Tile tile = Walk::tile(view, blockIdx.x);
-  Walk walk(view, tile, 0);
-  const int active = walk.active_threads();
+  const int active = Walk::active_threads(view);
   uint4* const kept = shared_memory<uint4>();
   Item* const items = reinterpret_cast<Item*>(kept + Op::kInputs * kPackWords * thread_vectors * active);
-  Coefficients* const of_tile = reinterpret_cast<Coefficients*>(items + kSums * kThreads);
-  const auto place = [&](int64_t vector, int input, int word) {
-    return ((static_cast<int>(vector) * Op::kInputs + input) * kPackWords + word) * active +
-           static_cast<int>(threadIdx.x);
+  Group group(groups, items + kSums * kThreads, tile_channels);
+  Coefficients* const of_tile = typename Group::OwnBoard(items + kSums * kThreads, tile_channels).coefficients;
+  const auto place = [&](int vector, int input, int word) {
+    return ((vector * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
   const auto each_word = [](const auto& use) {
 #pragma unroll
@@ -49,35 +76,49 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
     }
   };
-
-  typename Op::Accumulator sums[kSums];
-  begin_sums(op, walk, tile, sums);
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int64_t index) {
-    Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-    load<Reuse::none>(whole, packs, op.inputs, slots);
-    each_word([&](int u, int i, int w) {
-      if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(packs[i][u], w);
-    });
-    op.accumulate(whole, sums, packs, slots, index == 0);
-  });
-
-  fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const Item& total, bool active) {
-    op.complete(tile.first + j, total, active, true, of_tile + j);
-  });
   if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *num_batches_tracked += 1;
-  __syncthreads();
 
-  Walk again(view, tile, 0);
-  Coefficients coefficients[kSums];
-  take_coefficients(coefficients, of_tile, again);
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int64_t index) {
-    Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-    each_word([&](int u, int i, int w) {
-      const bool is_kept = whole.value || index + u < thread_vectors;
-      set_word(packs[i][u], w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+#pragma unroll 1
+  while (group.tile() < groups.tiles) {
+    const Tile tile = Walk::tile(view, group.tile());
+    Walk walk(view, tile, group.rank());
+    typename Op::Accumulator sums[kSums];
+    begin_sums(op, walk, tile, sums);
+    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
+      Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
+      load<Reuse::none>(whole, packs, op.inputs, slots);
+      each_word([&](int u, int i, int w) {
+        if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(packs[i][u], w);
+      });
+      op.accumulate(whole, sums, packs, slots, index == 0);
     });
-    map_and_store(op, whole, packs, coefficients, slots, output, Reuse::soon);
-  });
+
+    group.begin_writing();
+    Item* const partials = group.board(group.rank()).items;
+    fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const Item& total, bool active_thread) {
+      if (groups.size == 1) {
+        op.complete(tile.first + j, total, active_thread, true, of_tile + j);
+      } else if (active_thread) {
+        partials[j] = total;
+      }
+    });
+    if (groups.size > 1) merge_group<kThreads>(op, groups, group, tile, of_tile);
+    __syncthreads();
+
+    Walk again(view, tile, group.rank());
+    Coefficients coefficients[kSums];
+    take_coefficients(coefficients, of_tile, again);
+    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
+      Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
+      each_word([&](int u, int i, int w) {
+        const bool is_kept = whole.value || index + u < thread_vectors;
+        set_word(packs[i][u], w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+      });
+      map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
+    });
+    group.end_tile();
+  }
+  group.begin_writing();
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -10,7 +10,7 @@
 
 namespace batchnorm_ext::cuda {
 
-// Limits of a device, read once and cached by the caller.
+// Limits of the current device, read once and cached by the caller.
 DeviceLimits device_limits(int device);
 
 // Bytes of scratch memory, aligned to 256, that the call needs in the order of the stream; zero is common.

@@ -44,7 +44,7 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
 
   if (plan.resident.fits) {
     const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
-    launch_resident("backward", plan.resident, sums, dx, nullptr, stream);
+    launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
     return;
   }
   if (plan.needs_sums) {

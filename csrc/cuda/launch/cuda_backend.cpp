@@ -1,8 +1,5 @@
-// The backend's interface: the element type picks the instance, the device's attributes are its limits.
+// The backend's interface: the element type picks the instance.
 #include "cuda/launch/backend.h"
-
-#include <stdexcept>
-#include <string>
 
 namespace batchnorm_ext::cuda {
 
@@ -10,28 +7,6 @@ template <class T>
 void forward_steps(const ForwardParams&, const DeviceLimits&, void*, cudaStream_t);
 template <class T>
 void backward_steps(const BackwardParams&, const DeviceLimits&, void*, cudaStream_t);
-
-DeviceLimits device_limits(int device) {
-  const auto attribute = [device](cudaDeviceAttr which) {
-    int value = 0;
-    const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
-    if (status != cudaSuccess) {
-      throw std::runtime_error(std::string("batchnorm_ext: reading CUDA device limits failed: ") +
-                               cudaGetErrorString(status));
-    }
-    return value;
-  };
-  DeviceLimits limits;
-  limits.compute_capability =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  limits.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
-  limits.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  limits.shared_bytes_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  limits.l2_bytes = attribute(cudaDevAttrL2CacheSize);
-  limits.clusters = attribute(cudaDevAttrClusterLaunch) != 0;
-  return limits;
-}
 
 size_t forward_workspace_bytes(const ForwardParams& params, const DeviceLimits& limits) {
   return plan_forward(params, limits).workspace_bytes;

@@ -24,6 +24,7 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
   const T* const x = static_cast<const T*>(params.x);
   A* const mean = static_cast<A*>(params.mean);
   A* const inv_std = static_cast<A*>(params.inv_std);
+  const Reuse reuse = output_reuse(shape, params.dtype, limits);
   NormalizeCoefficients<A>* coefficients = nullptr;
 
   if (params.batch_statistics) {
@@ -37,8 +38,8 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
     if (plan.resident.fits) {
       // Blocks that read the counter must all have done so before it changes.
       const bool counter_is_read = params.running.cumulative && counter != nullptr;
-      launch_resident("forward", plan.resident, statistics, static_cast<T*>(params.y),
-                      counter_is_read ? nullptr : counter, stream);
+      launch_resident("forward", plan.resident, statistics, static_cast<T*>(params.y), reuse,
+                      counter_is_read ? nullptr : counter, workspace, stream);
       if (counter_is_read) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
       return;
     }
@@ -51,16 +52,11 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
 
   if (params.record != nullptr) return;
 
-  const Normalize<T> normalize{{x},
-                               static_cast<T*>(params.y),
-                               output_reuse(shape, params.dtype, limits),
-                               coefficients,
-                               counter,
-                               params.running,
-                               params.weight,
-                               params.bias,
-                               params.eps,
-                               mean,
+  const Normalize<T> normalize{{x},           static_cast<T*>(params.y),
+                               reuse,         coefficients,
+                               counter,       params.running,
+                               params.weight, params.bias,
+                               params.eps,    mean,
                                inv_std};
   launch_pointwise("normalize", plan.normalize, normalize, stream);
 }

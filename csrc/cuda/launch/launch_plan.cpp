@@ -20,6 +20,9 @@ constexpr int64_t kLongRunBytes = 1024;
 // Enough of a row for full-width memory access, and few enough channels that a split's partial results stay small.
 constexpr int64_t kTileRowBytes = 256;
 
+// Rows of a resident tile, the widest first: a line of the cache is 128 bytes, of which memory sends no less than half.
+constexpr int64_t kResidentRowBytes[] = {256, 128, 64};
+
 // What a thread should read at least, in vectors: two chunks of four loads in flight.
 constexpr int64_t kThreadVectors = 8;
 
@@ -42,21 +45,15 @@ int64_t blocks_that_fill(const DeviceLimits& limits) {
   return int64_t(limits.multiprocessors) * limits.threads_per_multiprocessor / kBlockThreads;
 }
 
-void plan_rows(StepPlan& plan, const Shape& shape, const Alignment& alignment, const DeviceLimits& limits) {
+void lay_rows(StepPlan& plan, const Shape& shape, const Alignment& alignment) {
   RowView& view = plan.row_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
   const bool at_boundaries = alignment.misalignment == 0 && shape.inner % plan.vector == 0;
   view.run_vectors = covering_vectors(shape.inner, plan.vector, at_boundaries);
-  const int64_t vectors = shape.outer * view.run_vectors;
-  const int64_t wanted = divide_up(blocks_that_fill(limits), shape.channels);
-  const int64_t sensible = std::max<int64_t>(1, vectors / (kBlockThreads * kThreadVectors));
-  view.split_vectors = round_up(divide_up(vectors, std::min(wanted, sensible)), kBlockThreads);
-  view.splits = divide_up(vectors, view.split_vectors);
   view.step_runs = kBlockThreads / view.run_vectors;
   view.step_vectors = kBlockThreads % view.run_vectors;
   plan.tiles = shape.channels;
-  plan.splits = view.splits;
 }
 
 // Rows of `outer_per_row` outer indices start at vector boundaries; one tile must then hold the whole row.
@@ -67,40 +64,85 @@ int64_t outer_per_row(const Shape& shape, int vector) {
   return fits && shape.outer >= joined ? joined : 1;
 }
 
-int64_t tile_channels(const Shape& shape, DType dtype, int vector) {
+int64_t tile_channels(const Shape& shape, DType dtype, int vector, int64_t row_bytes) {
   const int64_t element = element_size(dtype);
   const int64_t run_bytes = shape.inner * element;
   const int64_t unit = kSectorBytes / std::gcd(run_bytes, kSectorBytes);  // whole sectors
-  int64_t channels = unit * divide_up(kTileRowBytes, unit * run_bytes);
+  int64_t channels = unit * divide_up(row_bytes, unit * run_bytes);
   if (covering_vectors(channels * shape.inner, vector, false) > kBlockThreads) {
     channels = std::max<int64_t>(1, kBlockThreads / 2 * vector / shape.inner);
   }
   return std::min(channels, shape.channels);
 }
 
-void plan_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignment& alignment,
-                  const DeviceLimits& limits) {
+void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignment& alignment, int64_t row_bytes) {
   ColumnView& view = plan.column_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
   view.outer_per_row = outer_per_row(shape, plan.vector);
-  view.tile_channels = view.outer_per_row > 1 ? shape.channels : tile_channels(shape, dtype, plan.vector);
-  view.phases = plan.vector / std::gcd(view.pitch(), int64_t(plan.vector));
+  view.tile_channels = view.outer_per_row > 1 ? shape.channels : tile_channels(shape, dtype, plan.vector, row_bytes);
+  const int64_t rows = divide_up(shape.outer, view.outer_per_row);
+  view.phases = static_cast<int>(std::min(plan.vector / std::gcd(view.pitch(), int64_t(plan.vector)), rows));
+  view.all_phase_rows = rows / view.phases;
+  view.long_phases = static_cast<int>(rows % view.phases);
   const int64_t columns = view.tile_channels * view.outer_per_row * shape.inner;
   const bool at_boundaries = alignment.misalignment == 0 && view.pitch() % plan.vector == 0;
   view.tile_vectors = static_cast<int>(covering_vectors(columns, plan.vector, at_boundaries));
   view.lanes = kBlockThreads / view.tile_vectors;
   view.fold_width = 1;
   while (view.fold_width < 32 && 2 * view.fold_width * view.tile_channels <= kBlockThreads) view.fold_width *= 2;
-
   plan.tiles = divide_up(shape.channels, view.tile_channels);
-  view.phases = std::min(view.phases, view.rows());
-  const int64_t phase_rows = divide_up(view.rows(), view.phases);
-  const int64_t wanted = std::max<int64_t>(1, blocks_that_fill(limits) / (plan.tiles * view.phases));
-  const int64_t sensible = std::max<int64_t>(1, phase_rows / (view.lanes * kThreadVectors));
-  view.phase_rows = round_up(divide_up(phase_rows, std::min(wanted, sensible)), view.lanes);
-  view.splits = view.phases * divide_up(phase_rows, view.phase_rows);
-  plan.splits = view.splits;
+}
+
+// All of a plan but how its tiles are split.
+StepPlan lay(Shape shape, DType dtype, const Alignment& alignment, int64_t row_bytes) {
+  StepPlan plan{};
+  if (shape.channels == 1) shape = {1, 1, shape.samples()};
+  plan.vector = alignment.common ? static_cast<int>(kVectorBytes / element_size(dtype)) : 1;
+  // A tile of columns holds at least one channel's run.
+  plan.rows = shape.inner * element_size(dtype) >= kLongRunBytes || shape.inner > kBlockThreads / 2 * plan.vector ||
+              shape.channels == 1;
+  if (plan.rows) {
+    lay_rows(plan, shape, alignment);
+  } else {
+    lay_columns(plan, shape, dtype, alignment, row_bytes);
+  }
+  return plan;
+}
+
+// Splits of which each has some part of a tile, at the least.
+int64_t phases_of(const StepPlan& plan) {
+  return plan.rows ? 1 : plan.column_view.phases;
+}
+
+// What a thread visits in such a split.
+int64_t unsplit_thread_vectors(const StepPlan& plan) {
+  if (plan.rows) return divide_up(plan.row_view.shape.outer * plan.row_view.run_vectors, kBlockThreads);
+  const ColumnView& view = plan.column_view;
+  return divide_up(view.all_phase_rows + (view.long_phases > 0 ? 1 : 0), view.lanes);
+}
+
+// So that no thread visits more than `thread_vectors`.
+void split(StepPlan& plan, int64_t thread_vectors) {
+  const int64_t parts = divide_up(unsplit_thread_vectors(plan), thread_vectors);
+  plan.splits = phases_of(plan) * parts;
+  if (plan.rows) {
+    plan.row_view.split_vectors = thread_vectors * kBlockThreads;
+    plan.row_view.splits = plan.splits;
+  } else {
+    plan.column_view.phase_rows = thread_vectors * plan.column_view.lanes;
+    plan.column_view.splits = plan.splits;
+  }
+}
+
+// Parts of a tile, or of a phase of it, that are still worth a block.
+int64_t sensible_parts(const StepPlan& plan) {
+  return std::max<int64_t>(1, unsplit_thread_vectors(plan) / kThreadVectors);
+}
+
+// Such parts that keep `blocks` busy.
+int64_t wanted_parts(const StepPlan& plan, int64_t blocks) {
+  return std::min(std::max<int64_t>(1, blocks / (plan.tiles * phases_of(plan))), sensible_parts(plan));
 }
 
 // Bytes of `count` values of the struct template for this dtype's accumulate type.
@@ -114,37 +156,110 @@ int64_t partial_results(const Shape& shape, const StepPlan& step) {
   return step.splits > 1 ? shape.channels * step.splits : 0;
 }
 
-// Not where a multiprocessor could hold only one such block: nothing would hide its waits.
-ResidentPlan plan_resident(const StepPlan& step, DType dtype, int inputs, int64_t item_bytes, int64_t coefficient_bytes,
-                           const DeviceLimits& limits) {
-  constexpr int64_t kReservedBytes = 1024;  // of each block, by the system
-  ResidentPlan plan{};
-  if (step.vector * element_size(dtype) != kVectorBytes) return plan;
-  plan.step = step;
-  int64_t threads = kBlockThreads;
-  plan.step.splits = 1;
-  if (step.rows) {
-    RowView& view = plan.step.row_view;
-    view.split_vectors = view.shape.outer * view.run_vectors;
-    view.splits = 1;
-    plan.thread_vectors = divide_up(view.split_vectors, kBlockThreads);
-  } else {
-    ColumnView& view = plan.step.column_view;
-    if (view.phases > 1) return plan;
-    view.phase_rows = view.rows();
-    view.splits = 1;
-    plan.thread_vectors = divide_up(view.rows(), view.lanes);
-    threads = int64_t(view.lanes) * view.tile_vectors;
+// What `resident` keeps: of how many tensors, and the sizes of a channel's results.
+struct Kept {
+  int inputs;
+  int64_t item_bytes, coefficient_bytes;
+  bool in_place;  // the output overwrites an input
+};
+
+// The most partial results that each block of a group reads for itself. More than these cost more than the second
+// meeting of a group whose blocks share the work.
+constexpr int64_t kMergedBytes = 8 << 10;
+
+// Blocks that wait for each other leave the memory idle for about as long as it takes to move this much.
+constexpr int64_t kExchangeBytes = 8 << 20;
+
+// How much more of the device a group across the grid must keep busy than one that costs less to bring together.
+constexpr int64_t kWorthTheGrid = 4;
+
+int64_t largest_cluster(const DeviceLimits& limits) {
+  int64_t largest = 1;
+  for (int i = 0; i < 4; ++i) {
+    if (limits.active_clusters[i] > 0) largest = int64_t(2) << i;
   }
-  const int64_t limit =
-      std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_multiprocessor / 2 - kReservedBytes);
-  if (plan.thread_vectors > limit / (inputs * kVectorBytes * threads)) return plan;
-  const int64_t sums = step.rows ? 1 : step.vector;
-  const int64_t shared_bytes = plan.thread_vectors * inputs * kVectorBytes * threads +
-                               sums * item_bytes * kBlockThreads + step.tile_channels() * coefficient_bytes;
-  plan.shared_bytes = static_cast<size_t>(shared_bytes);
-  plan.fits = shared_bytes <= limit;
+  return largest;
+}
+
+// Groups of a cooperative launch: few enough to be at work at once, and so many that the last tiles leave few idle and
+// that few exchanges follow each other.
+int64_t groups_of_grid(int64_t most, int64_t tiles, int64_t tile_traffic) {
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t count = 1; count <= std::min(most, tiles); ++count) {
+    const double cost =
+        static_cast<double>(divide_up(tiles, count)) * static_cast<double>(kExchangeBytes + count * tile_traffic);
+    if (count == 1 || cost <= least) {
+      least = cost;
+      best = count;
+    }
+  }
+  return best;
+}
+
+// The groups of blocks for tiles that must be in at least `needed` parts; no tiles if there can be none. Where few
+// blocks could hold a tile, more of them may share it, so that all of the device has work.
+Groups plan_groups(const StepPlan& step, int64_t needed, int64_t tile_traffic, const DeviceLimits& limits) {
+  const int64_t blocks = int64_t(kResidentBlocks) * limits.multiprocessors;
+  const int64_t phases = phases_of(step);
+  const int64_t least = phases * needed, wanted = phases * std::max(needed, wanted_parts(step, blocks));
+  const int64_t largest = largest_cluster(limits);
+  int64_t cluster = 1;
+  while (cluster < least) cluster *= 2;
+  while (2 * cluster <= std::min(wanted, largest)) cluster *= 2;
+
+  Groups groups{};
+  const bool grid_can = limits.cooperative && least <= blocks;
+  if (cluster <= largest && !(grid_can && wanted >= kWorthTheGrid * cluster)) {
+    groups.exchange = cluster == 1 ? Exchange::none : Exchange::cluster;
+    groups.size = static_cast<int>(cluster);
+    groups.count = groups.tiles = static_cast<int>(step.tiles);
+  } else if (grid_can) {
+    groups.exchange = Exchange::grid;
+    groups.count = static_cast<int>(groups_of_grid(blocks / least, step.tiles, tile_traffic));
+    const int64_t room = blocks / groups.count / phases;
+    groups.size = static_cast<int>(phases * std::max(needed, std::min(room, sensible_parts(step))));
+    groups.tiles = static_cast<int>(step.tiles);
+  }
+  return groups;
+}
+
+ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLimits& limits) {
+  ResidentPlan plan{};
+  const int64_t threads = step.rows ? kBlockThreads : int64_t(step.column_view.lanes) * step.column_view.tile_vectors;
+  const int64_t limit = resident_shared_bytes(limits);
+  const int64_t sums_bytes = (step.rows ? 1 : step.vector) * kept.item_bytes * kBlockThreads;
+  const int64_t board_bytes = step.tile_channels() * (kept.item_bytes + kept.coefficient_bytes);
+  const int64_t vector_bytes = kept.inputs * kVectorBytes * threads;
+  const int64_t most_vectors = (limit - sums_bytes - board_bytes) / vector_bytes;
+  if (limit <= sums_bytes + board_bytes || most_vectors < 1) return plan;
+  const int64_t all = unsplit_thread_vectors(step);
+  const int64_t tile_traffic = (kept.inputs + 1) * kVectorBytes * threads * all * phases_of(step);
+  plan.groups = plan_groups(step, divide_up(all, most_vectors), tile_traffic, limits);
+  if (plan.groups.tiles == 0) return plan;
+  plan.thread_vectors = divide_up(all, plan.groups.size / phases_of(step));
+  split(step, plan.thread_vectors);
+  if (plan.groups.exchange == Exchange::grid) plan.groups.size = static_cast<int>(step.splits);
+  plan.groups.each_merges = !kept.in_place && plan.groups.size * step.tile_channels() * kept.item_bytes <= kMergedBytes;
+  plan.groups.board_bytes = static_cast<int>(round_up(board_bytes, kWorkspaceLine));
+  plan.shared_bytes = static_cast<size_t>(plan.thread_vectors * vector_bytes + sums_bytes + board_bytes);
+  plan.step = step;
+  plan.fits = true;
   return plan;
+}
+
+// Tiles as wide as leave room for two groups at once, one of which copies while the other exchanges; else the widest.
+ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& alignment, const Kept& kept,
+                           const DeviceLimits& limits) {
+  ResidentPlan best{};
+  if (!alignment.common) return best;
+  for (const int64_t row_bytes : kResidentRowBytes) {
+    const ResidentPlan plan = plan_resident_tile(lay(shape, dtype, alignment, row_bytes), kept, limits);
+    if (!plan.fits) continue;
+    if (!best.fits || plan.groups.exchange != Exchange::grid || plan.groups.count > 1) best = plan;
+    if (plan.step.rows || best.groups.exchange != Exchange::grid || best.groups.count > 1) break;
+  }
+  return best;
 }
 
 }  // namespace
@@ -160,31 +275,31 @@ Alignment alignment_of(DType dtype, std::initializer_list<const void*> tensors) 
   return alignment.common && alignment.misalignment >= 0 ? alignment : Alignment{0, alignment.common};
 }
 
-StepPlan plan_step(Shape shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits) {
-  StepPlan plan{};
-  if (shape.elements() == 0) return plan;
-  if (shape.channels == 1) shape = {1, 1, shape.samples()};
-  plan.vector = alignment.common ? static_cast<int>(kVectorBytes / element_size(dtype)) : 1;
-  // A tile of columns holds at least one channel's run.
-  plan.rows = shape.inner * element_size(dtype) >= kLongRunBytes || shape.inner > kBlockThreads / 2 * plan.vector ||
-              shape.channels == 1;
-  if (plan.rows) {
-    plan_rows(plan, shape, alignment, limits);
-  } else {
-    plan_columns(plan, shape, dtype, alignment, limits);
-  }
+StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits) {
+  if (shape.elements() == 0) return {};
+  StepPlan plan = lay(shape, dtype, alignment, kTileRowBytes);
+  split(plan, divide_up(unsplit_thread_vectors(plan), wanted_parts(plan, blocks_that_fill(limits))));
   return plan;
+}
+
+int64_t resident_shared_bytes(const DeviceLimits& limits) {
+  constexpr int64_t kReservedBytes = 1024;  // of each block, by the system
+  return std::min(limits.shared_bytes_per_block,
+                  limits.shared_bytes_per_multiprocessor / kResidentBlocks - kReservedBytes);
 }
 
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits) {
   ForwardPlan plan{};
   const Shape& shape = params.shape;
   if (shape.elements() == 0) return plan;
-  plan.normalize = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x, params.y}), limits);
+  const Alignment alignment = alignment_of(params.dtype, {params.x, params.y});
+  plan.normalize = plan_step(shape, params.dtype, alignment, limits);
   if (!params.batch_statistics) return plan;
   if (params.record == nullptr) {
-    plan.resident = plan_resident(plan.normalize, params.dtype, 1, bytes_of<Moments>(1, params.dtype),
-                                  bytes_of<NormalizeCoefficients>(1, params.dtype), limits);
+    const Kept kept{1, bytes_of<Moments>(1, params.dtype), bytes_of<NormalizeCoefficients>(1, params.dtype),
+                    params.x == params.y};
+    plan.resident = plan_resident(shape, params.dtype, alignment, kept, limits);
+    plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
     if (plan.resident.fits) return plan;
   }
   plan.statistics = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x}), limits);
@@ -204,9 +319,10 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   plan.needs_input_gradient = dx && (params.batch_statistics || !plan.needs_sums);
   if (plan.needs_sums && plan.needs_input_gradient) {
     const Alignment alignment = alignment_of(params.dtype, {params.dy, params.x, params.dx});
-    plan.resident = plan_resident(plan_step(shape, params.dtype, alignment, limits), params.dtype, 2,
-                                  bytes_of<GradientPartial>(1, params.dtype),
-                                  bytes_of<InputGradientCoefficients>(1, params.dtype), limits);
+    const Kept kept{2, bytes_of<GradientPartial>(1, params.dtype), bytes_of<InputGradientCoefficients>(1, params.dtype),
+                    false};
+    plan.resident = plan_resident(shape, params.dtype, alignment, kept, limits);
+    plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
     if (plan.resident.fits) return plan;
   }
   if (plan.needs_sums) {

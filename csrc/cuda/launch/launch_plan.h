@@ -17,11 +17,17 @@ struct DeviceLimits {
   int64_t shared_bytes_per_block;
   int64_t shared_bytes_per_multiprocessor;
   int64_t l2_bytes;
-  bool clusters;  // thread-block clusters
+  bool cooperative;  // launches whose blocks may wait for each other
+  // Clusters of 2, 4, 8 and 16 blocks that run at once when each block takes half of a multiprocessor; 0: none may.
+  int active_clusters[4];
 };
+
+// Shared memory of a block of `resident`, at the most.
+int64_t resident_shared_bytes(const DeviceLimits& limits);
 
 constexpr int kBlockThreads = 256;
 constexpr int kFinalizeThreads = 128;
+constexpr int kPortableCluster = 8;  // larger ones need a kernel's consent
 
 // How the tensors of a step lie in memory: `misalignment` elements past a vector boundary, if `common` to all of them;
 // else they share no vectors and are read and written element by element.
@@ -41,18 +47,20 @@ struct StepPlan {
 
   int64_t tile_channels() const { return rows ? 1 : column_view.tile_channels; }
 };
-StepPlan plan_step(Shape shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits);
+StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits);
 
-// One launch of `resident`, where a tile's channels, of each of `inputs` tensors, fit into the shared memory of a
-// block.
+// One launch of `resident`, where a group of blocks can keep a tile of each of the inputs in their shared memory. Two
+// blocks share a multiprocessor.
 struct ResidentPlan {
   bool fits;
-  StepPlan step;  // unsplit
+  StepPlan step;  // a split is a block's share
+  Groups groups;  // without the workspace
   int64_t thread_vectors;
   size_t shared_bytes;
 };
 
-// Workspace: the partial results of the reducing step, then the coefficients of the mapping step.
+// Workspace: that of the groups, or the partial results of the reducing step and then the coefficients of the mapping
+// step.
 struct ForwardPlan {
   ResidentPlan resident;  // if it fits, instead of the steps
   StepPlan statistics, normalize;

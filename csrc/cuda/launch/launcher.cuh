@@ -32,18 +32,51 @@ template <class V>
 using Exactly = typename Identity<V>::type;
 
 template <class... Parameters>
-void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y,
-            int threads, size_t shared_bytes, const Exactly<Parameters>&... arguments) {
+void launch(const char* step, cudaLaunchConfig_t config, void (*kernel)(Parameters...),
+            const Exactly<Parameters>&... arguments) {
+  if (config.dynamicSmemBytes > kSharedBytesWithoutConsent) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(config.dynamicSmemBytes)),
+          step);
+  }
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
+}
+
+inline cudaLaunchConfig_t launch_config(int64_t grid_x, int64_t grid_y, int threads, size_t shared_bytes,
+                                        cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  if (shared_bytes > kSharedBytesWithoutConsent) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          step);
+  return config;
+}
+
+template <class... Parameters>
+void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y,
+            int threads, size_t shared_bytes, const Exactly<Parameters>&... arguments) {
+  launch(step, launch_config(grid_x, grid_y, threads, shared_bytes, stream), kernel, arguments...);
+}
+
+// With what lets the blocks of a group wait for each other.
+template <class... Parameters>
+void launch_groups(const char* step, const Groups& groups, cudaLaunchConfig_t config, void (*kernel)(Parameters...),
+                   const Exactly<Parameters>&... arguments) {
+  cudaLaunchAttribute attribute{};
+  config.attrs = &attribute;
+  config.numAttrs = groups.exchange == Exchange::none ? 0 : 1;
+  if (groups.exchange == Exchange::cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(groups.size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    if (groups.size > kPortableCluster) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), step);
+    }
+  } else if (groups.exchange == Exchange::grid) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
+  launch(step, config, kernel, arguments...);
 }
 
 // use(view, width): the plan's view, and its vector width as a constant. Steps on one tensor always have whole vectors.
@@ -87,11 +120,16 @@ void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cuda
 
 template <class Op>
 void launch_resident(const char* step, const ResidentPlan& plan, const Op& op, typename Op::T* output,
-                     int64_t* num_batches_tracked, cudaStream_t stream) {
+                     Reuse output_reuse, int64_t* num_batches_tracked, void* workspace, cudaStream_t stream) {
+  Groups groups = plan.groups;
+  groups.workspace = workspace;
   with_view<typename Op::T, true>(plan.step, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
-    launch(step, stream, resident<Op, View, decltype(width)::value, kBlockThreads>, plan.step.tiles, 1, kBlockThreads,
-           plan.shared_bytes, view, op, static_cast<int>(plan.thread_vectors), output, num_batches_tracked);
+    launch_groups(step, groups,
+                  launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream),
+                  resident<Op, View, decltype(width)::value, kBlockThreads>, view, op, groups,
+                  static_cast<int>(plan.thread_vectors), static_cast<int>(plan.step.tile_channels()), output,
+                  output_reuse, num_batches_tracked);
   });
 }
 

@@ -16,8 +16,9 @@ struct Tile {
   int count;
 };
 
-// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next(). Only with
-// an epilogue have they numbers: those cost registers.
+// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next(); no memory
+// is so large that a thread of a block would have 2^31 of its vectors. Only with an epilogue have slots numbers: those
+// cost registers.
 template <class View, int kVector, int kThreads, bool kEpilogue = false>
 class TileWalk;
 
@@ -40,7 +41,7 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
     const int64_t all = view.shape.outer * view.run_vectors;
     const int64_t end = all < (split + 1) * view.split_vectors ? all : (split + 1) * view.split_vectors;
     const int64_t run = first / view.run_vectors;
-    count_ = first < end ? (end - first + kThreads - 1) / kThreads : 0;
+    count_ = first < end ? static_cast<int>((end - first + kThreads - 1) / kThreads) : 0;
     vector_ = first - run * view.run_vectors;
     run_start_ = run * pitch_ + tile.first * inner_;
     outer_slots_ = view.shape.channels * run_vectors_;
@@ -48,9 +49,9 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
     run_slot_ = run * outer_slots_ + tile.first * run_vectors_;
   }
 
-  __device__ int64_t count() const { return count_; }
+  __device__ int count() const { return count_; }
   // Threads from here on visit nothing.
-  __device__ int active_threads() const { return kThreads; }
+  __device__ static int active_threads(const RowView&) { return kThreads; }
 
   __device__ __forceinline__ Slot next() {
     const int head = static_cast<int>(run_start_ + misalignment_) & (kVector - 1);
@@ -87,7 +88,8 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
   int misalignment_;
   bool boundaries_;
   int64_t run_vectors_, step_vectors_, pitch_, step_starts_;
-  int64_t count_, vector_, run_start_;
+  int count_;
+  int64_t vector_, run_start_;
   int64_t outer_slots_, step_slots_, run_slot_;  // each run has slots of its own, also where runs share a vector
   int64_t samples_ = 0;
 };
@@ -113,13 +115,12 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     const int lane = static_cast<int>(threadIdx.x) / view.tile_vectors;
     const int vector = static_cast<int>(threadIdx.x) - lane * view.tile_vectors;
     const int64_t pitch = view.pitch();
-    const int64_t phase = split % view.phases;
-    const int64_t part = split / view.phases;
-    const int64_t rows_of_phase = (view.rows() - phase + view.phases - 1) / view.phases;
-    const int64_t part_end = (part + 1) * view.phase_rows;
-    const int64_t end = part_end < rows_of_phase ? part_end : rows_of_phase;
-    const int64_t first = part * view.phase_rows + lane;
-    count_ = lane < view.lanes && first < end ? (end - first + view.lanes - 1) / view.lanes : 0;
+    const int phase = static_cast<int>(split) % view.phases;
+    const int64_t part_first = static_cast<int>(split) / view.phases * view.phase_rows;
+    const int64_t left = view.all_phase_rows + (phase < view.long_phases ? 1 : 0) - part_first;
+    const int end = static_cast<int>(left < view.phase_rows ? left : view.phase_rows);
+    count_ = lane < view.lanes && lane < end ? (end - lane + view.lanes - 1) / view.lanes : 0;
+    const int64_t first = part_first + lane;
 
     const int64_t phase_start = phase * pitch + tile.first * inner_;
     head_ = static_cast<int>(phase_start + view.misalignment) & (kVector - 1);
@@ -134,8 +135,8 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     step_slots_ = view.lanes * view.phases * row_slots;
   }
 
-  __device__ int64_t count() const { return count_; }
-  __device__ int active_threads() const { return lanes_ * tile_elements_ / kVector; }
+  __device__ int count() const { return count_; }
+  __device__ static int active_threads(const ColumnView& view) { return view.lanes * view.tile_vectors; }
 
   __device__ __forceinline__ Slot next() {
     const int64_t left = elements_ - offset_;  // the last row may end early
@@ -177,9 +178,9 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
 
  private:
   int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
-  int head_, column_, low_, high_;
+  int head_, column_, low_, high_, count_;
   bool boundaries_;
-  int64_t elements_, count_, offset_, step_, slot_, step_slots_;
+  int64_t elements_, offset_, step_, slot_, step_slots_;
 };
 
 // The accumulators, or sets of coefficients, that a thread keeps: one where all it visits is one channel's, else one
@@ -198,8 +199,8 @@ constexpr int kBlocksAtOnce = kEpilogue ? (sizeof(T) == 8 ? 1 : 2) : (sizeof(T) 
 // an epilogue, whose code is long.
 template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
-  const int64_t count = walk.count();
-  for (int64_t index = 0; index < count; index += kUnroll) {
+  const int count = walk.count();
+  for (int index = 0; index < count; index += kUnroll) {
     Slot slots[kUnroll];
     bool whole = count - index >= kUnroll;
 #pragma unroll

@@ -1,4 +1,4 @@
-// The two ways in which blocks and threads divide a tensor [outer][channels][inner], as plain sizes chosen by the host.
+// How groups of blocks, blocks and threads divide a tensor [outer][channels][inner], as plain sizes chosen by the host.
 #pragma once
 
 #include <cstdint>
@@ -38,18 +38,50 @@ struct ColumnView {
   Shape shape;
   int64_t misalignment;
   int64_t outer_per_row;
-  int64_t tile_channels;  // all of them when outer_per_row > 1
-  int64_t phases;
-  int64_t phase_rows;  // rows a split takes of its phase
-  int64_t splits;      // phases * splits of a phase; split s has phase s % phases
-  int tile_vectors;    // that cover a row of a tile, wherever it starts
-  int lanes;           // rows that a block works on at once
-  int fold_width;      // threads that fold one channel's sums of a block: a power of two up to the size of a warp
-  bool boundaries;     // of an epilogue: every tensor starts at a vector boundary
+  int64_t tile_channels;   // all of them when outer_per_row > 1
+  int64_t all_phase_rows;  // rows that each phase has
+  int64_t phase_rows;      // rows a split takes of its phase
+  int64_t splits;          // phases * splits of a phase; split s has phase s % phases
+  int phases;
+  int long_phases;   // the first of the phases, which have a row more
+  int tile_vectors;  // that cover a row of a tile, wherever it starts
+  int lanes;         // rows that a block works on at once
+  int fold_width;    // threads that fold one channel's sums of a block: a power of two up to the size of a warp
+  bool boundaries;   // of an epilogue: every tensor starts at a vector boundary
 
   BN_HOST_DEVICE int64_t pitch() const { return outer_per_row * shape.channels * shape.inner; }
-  BN_HOST_DEVICE int64_t rows() const { return (shape.outer + outer_per_row - 1) / outer_per_row; }
 };
+
+// Where a tile is held by several blocks at once, they form a group: neighbours in the grid, each with the split of its
+// rank. Group g works on the tiles g, g + count, ...
+enum class Exchange : int {
+  none,     // groups of one block
+  cluster,  // through each other's shared memory
+  grid,     // through a workspace, in a cooperative launch
+};
+
+// Blocks of `resident` that share a multiprocessor's memory. Where they are of different groups, one computes and
+// exchanges while the other copies.
+constexpr int kResidentBlocks = 2;
+
+struct Groups {
+  Exchange exchange;
+  int size;          // blocks of a group
+  int count;         // groups
+  int tiles;         // of all groups
+  bool each_merges;  // every block merges all partial results it needs; else each merges a share of them for all
+  int board_bytes;   // of what a block shows to its group, in the workspace
+  void* workspace;   // of Exchange::grid
+};
+
+constexpr int64_t kWorkspaceLine = 128;  // what must not be shared: a group's counter, the start of a board
+
+// The workspace holds a counter for each group, then two boards for each block, used in turn.
+BN_HOST_DEVICE int64_t group_workspace_bytes(const Groups& groups) {
+  return groups.exchange == Exchange::grid
+             ? groups.count * (kWorkspaceLine + 2 * int64_t(groups.size) * groups.board_bytes)
+             : 0;
+}
 
 // A split's part of a channel's gradient sums: sum(dy) and sum(dy * (x - mean)).
 template <class A>
