@@ -1,4 +1,4 @@
-"""Turns torch's batch norm modules inside a model into this package's, and back; freezes them."""
+"""Turns torch's batch norm modules inside a model into this package's, and back; freezes and fuses them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from . import _fusion
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
 __all__ = ["convert_batchnorm", "freeze_batchnorm", "revert_batchnorm", "unfreeze_batchnorm"]
@@ -27,7 +28,7 @@ _LAZY: dict[type[nn.Module], type[_BatchNorm]] = {
 }
 
 
-def convert_batchnorm(module: _M) -> _M:
+def convert_batchnorm(module: _M, fuse_activations: bool = False) -> _M:
     """Make every `torch.nn.BatchNorm1d/2d/3d` in `module`, and `module` itself if it is one, one of this package.
 
     Each module object stays the same object: its parameters, buffers, hooks, training and requires_grad flags, and
@@ -39,22 +40,51 @@ def convert_batchnorm(module: _M) -> _M:
     ----------
     module : torch.nn.Module
         Changed in place.
+    fuse_activations : bool
+        Also run each batch norm in one call with what follows it: a sum with another tensor (a residual connection),
+        one of `torch.nn`'s ReLU, LeakyReLU, ELU (alpha = 1), SiLU and Hardswish or its function, or both. `Notes` has
+        the conditions.
 
     Returns
     -------
     torch.nn.Module
         `module` itself.
+
+    Warns
+    -----
+    UserWarning
+        Once, naming the containers whose batch norms `fuse_activations` had to leave alone, and why.
+
+    Notes
+    -----
+    `fuse_activations` traces each container of batch norms with torch.fx: blocks, `nn.Sequential`, not the model as a
+    whole. A container becomes an instance of a subclass of its class, of the same name, whose forward runs the fused
+    calls; the module tree, `state_dict` and every other module stay as they are. Calls that the trace does not
+    describe take the container's own forward: other than its required arguments, arguments that are no tensors, hooks
+    on a batch norm, activation or opened container, a replaced module. Plain attributes that decide what forward does
+    are read once, at conversion; after changing one, convert again.
+
+    Fused results differ from unfused ones by rounding: the sum is rounded once, behind the activation.
     """
     for child in module.modules():
         if type(child) in _OURS:
             child.__class__ = _OURS[type(child)]
         elif type(child) in _LAZY:
             child.cls_to_become = _LAZY[type(child)]  # type: ignore[assignment]
+    if fuse_activations:
+        left = _fusion.fuse(module)
+        if left:
+            warnings.warn(
+                "batch norms that might have been fused were left as they are: "
+                + "; ".join(f"{name} ({reason})" for name, reason in left.items()),
+                stacklevel=2,
+            )
     return module
 
 
 def revert_batchnorm(module: _M) -> _M:
-    """Undo `convert_batchnorm`: every batch norm of this package in `module` becomes torch's, the same object.
+    """Undo `convert_batchnorm`: every batch norm of this package in `module` becomes torch's, the same object, and
+    every fused container runs its own forward again.
 
     What torch's modules cannot do is given up: a frozen module stays in evaluation mode only until the next
     ``train()``, with a warning, and `skip_nonfinite` is dropped, with a warning. Running statistics take the dtype of
@@ -70,6 +100,7 @@ def revert_batchnorm(module: _M) -> _M:
     torch.nn.Module
         `module` itself.
     """
+    _fusion.unfuse(module)
     for name, child in module.named_modules():
         if type(child) in _LAZY:
             child.__dict__.pop("cls_to_become", None)

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "autograd": {"_operators", "_reference"},
     "functional": {"autograd", "_operators", "_extension", "_reference"},
     "modules": {"functional"},
-    "convert": {"modules"},
+    "_fusion": {"modules", "functional", "_reference"},
+    "convert": {"_fusion", "modules"},
     "distributed": {"convert", "modules", "functional", "autograd", "_operators", "_reference"},
     "__init__": {
         "_version",
