@@ -89,10 +89,11 @@ struct Epilogue {
 };
 
 // Bytes of a mask with one bit for each element, set where u passes relu or leaky_relu. Which bit is whose is the
-// backend's affair: it is the same in forward and backward. Enough for rows of whole bytes, whatever the rows are.
+// backend's affair: it is the same in forward and backward. Enough for rows of whole bytes, whatever the rows are, and
+// for those of runs that start within a byte.
 BN_HOST_DEVICE int64_t mask_bytes(const Shape& shape) {
-  return shape.inner == 1 ? shape.outer * ((shape.channels + 7) / 8)
-                          : shape.outer * shape.channels * ((shape.inner + 7) / 8);
+  if (shape.inner == 1) return shape.outer * ((shape.channels + 7) / 8);
+  return shape.outer * shape.channels * (shape.inner % 8 == 0 ? shape.inner / 8 : (shape.inner + 14) / 8);
 }
 
 // Pointers to tensors are aligned to their element size only, and x, y, dy and dx each in their own way.
@@ -113,7 +114,7 @@ struct ForwardParams {
   void* inv_std;
   Epilogue epilogue;
   void* shift = nullptr;    // if not null: saved too, so that backward computes u to the same bit
-  uint8_t* mask = nullptr;  // if not null: mask_bytes, written whole
+  uint8_t* mask = nullptr;  // if not null: mask_bytes
   // Not null: the step channel_statistics alone. This batch becomes a record {signature, count, means, m2s} of
   // 2 * channels + 2 values; y, mean, inv_std and what `running` points to are null.
   double* record = nullptr;

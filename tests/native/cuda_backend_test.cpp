@@ -84,11 +84,22 @@ struct Case {
   double mean = 0.5, deviation = 2.0;
   std::function<double(int64_t channel, int64_t sample)> value = nullptr;  // instead of random ones
   double eps = 1e-5, momentum = 0.1;
+  Activation activation = Activation::identity;
+  double negative_slope = 0.1;
+  // Of an epilogue: whether backward is given a mask, else it recomputes; whether y overwrites x, and is inverted.
+  bool residual = false, mask = false, inverts = false;
+  int64_t residual_offset = 0;
   cuda::DeviceLimits limits{90, 4, 2048, 232448, 233472, 1 << 20, true, {4, 2, 1, 0}};
 };
 
+bool has_epilogue(const Case& c) {
+  return c.activation != Activation::identity || c.residual || c.inverts;
+}
+
 struct Tensors {
   Buffer x, y, dy, dx, weight, bias, running_mean, running_var, mean, inv_std, dweight, dbias;
+  Buffer residual, dresidual, shift;
+  std::vector<uint8_t> mask;
   int64_t counter = 4;
 };
 
@@ -117,6 +128,13 @@ Tensors inputs(const Case& c) {
   }
   t.mean = Buffer(accumulate_dtype(c.dtype), channels);
   t.inv_std = Buffer(accumulate_dtype(c.dtype), channels);
+  if (has_epilogue(c)) t.shift = Buffer(accumulate_dtype(c.dtype), channels);
+  if (c.mask) t.mask.resize(static_cast<size_t>(mask_bytes(c.shape)), 0xcd);
+  if (c.residual) {
+    t.residual = Buffer(c.dtype, elements, c.residual_offset);
+    t.dresidual = Buffer(c.dtype, elements, c.y_offset);
+    for (int64_t i = 0; i < elements; ++i) t.residual.set(i, normal(random));
+  }
   for (int64_t channel = 0; channel < channels; ++channel) {
     t.weight.set(channel, 1.0 + 0.5 * normal(random));
     t.bias.set(channel, normal(random));
@@ -131,7 +149,12 @@ ForwardParams forward_params(const Case& c, Tensors& t) {
   p.shape = c.shape;
   p.dtype = c.dtype;
   p.x = t.x.data();
-  p.y = c.in_place ? t.x.data() : t.y.data();
+  p.y = c.in_place || c.inverts ? t.x.data() : t.y.data();
+  if (has_epilogue(c)) {
+    p.epilogue = {c.activation, c.negative_slope, c.residual ? t.residual.data() : nullptr};
+    p.shift = t.shift.data();
+    if (c.mask) p.mask = t.mask.data();
+  }
   if (c.affine) {
     p.weight = t.weight.view();
     p.bias = t.bias.view();
@@ -156,7 +179,15 @@ BackwardParams backward_params(const Case& c, Tensors& t, bool dx, bool dweight,
   p.shape = c.shape;
   p.dtype = c.dtype;
   p.dy = t.dy.data();
-  p.x = dweight || (dx && c.training) ? t.x.data() : nullptr;
+  const bool recomputes = c.activation != Activation::identity && !c.mask;
+  p.x = dweight || (dx && c.training) || recomputes ? t.x.data() : nullptr;
+  if (has_epilogue(c)) {
+    p.epilogue = {c.activation, c.negative_slope, c.residual && recomputes ? t.residual.data() : nullptr};
+    p.mask = c.mask ? t.mask.data() : nullptr;
+    p.shift = recomputes || c.inverts ? t.shift.data() : nullptr;
+    p.dresidual = c.residual ? t.dresidual.data() : nullptr;
+    p.x_is_output = c.inverts;
+  }
   p.dx = dx ? t.dx.data() : nullptr;
   if (c.affine) p.weight = t.weight.view();
   p.mean = t.mean.data();
@@ -195,6 +226,42 @@ struct Channel {
   long double first, mean, variance, inv_std, weight, bias, sum_dy = 0, sum_dy_xhat = 0;
 };
 
+long double activated(const Case& c, long double u) {
+  switch (c.activation) {
+    case Activation::relu:
+      return u <= 0 ? 0 : u;
+    case Activation::leaky_relu:
+      return u <= 0 ? u * c.negative_slope : u;
+    case Activation::elu:
+      return u <= 0 ? std::expm1(u) : u;
+    case Activation::silu:
+      return u / (1 + std::exp(-u));
+    case Activation::hardswish:
+      return u * std::min(std::max(u + 3, 0.0L), 6.0L) / 6;
+    default:
+      return u;
+  }
+}
+
+long double activated_derivative(const Case& c, long double u) {
+  switch (c.activation) {
+    case Activation::relu:
+      return u <= 0 ? 0 : 1;
+    case Activation::leaky_relu:
+      return u <= 0 ? c.negative_slope : 1;
+    case Activation::elu:
+      return u <= 0 ? std::exp(u) : 1;
+    case Activation::silu: {
+      const long double sigmoid = 1 / (1 + std::exp(-u));
+      return sigmoid * (1 + u * (1 - sigmoid));
+    }
+    case Activation::hardswish:
+      return u <= -3 ? 0 : u >= 3 ? 1 : u / 3 + 0.5L;
+    default:
+      return 1;
+  }
+}
+
 // What a channel's results should be, from the inputs as they are stored. `before` holds the inputs of the call.
 Channel oracle(const Case& c, const Tensors& before, int64_t channel) {
   const int64_t samples = c.shape.samples();
@@ -215,12 +282,42 @@ Channel oracle(const Case& c, const Tensors& before, int64_t channel) {
   o.inv_std = 1 / std::sqrt(o.variance + static_cast<long double>(c.eps));
   o.weight = c.affine ? before.weight.get(channel) : 1.0;
   o.bias = c.affine ? before.bias.get(channel) : 0.0;
-  for (int64_t s = 0; s < samples; ++s) {
-    const int64_t i = index_of(c.shape, channel, s);
-    o.sum_dy += before.dy.get(i);
-    o.sum_dy_xhat += before.dy.get(i) * (before.x.get(i) - o.mean) * o.inv_std;
-  }
   return o;
+}
+
+// Gradients with respect to u, and normalised x, of one element, as backward knows x and u. Where a derivative jumps,
+// the side is that of the u that forward had: in the accumulate type, which both directions compute to the same bit.
+struct Element {
+  long double gradient, xhat;
+};
+
+template <class A>
+A u_of(const Case& c, const Tensors& before, const Tensors& after, int64_t channel, int64_t i) {
+  const A weight_scale =
+      normalize_scale(static_cast<A>(after.inv_std.get(channel)), c.affine ? before.weight.get(channel) : 1.0);
+  const NormalizeCoefficients<A> coefficients{static_cast<A>(after.mean.get(channel)), weight_scale,
+                                              static_cast<A>(after.shift.get(channel))};
+  const A u = coefficients(static_cast<A>(before.x.get(i)));
+  return c.residual ? u + static_cast<A>(before.residual.get(i)) : u;
+}
+
+Element element_of(const Case& c, const Tensors& before, const Tensors& after, const Channel& o, int64_t channel,
+                   int64_t i) {
+  const long double dy = before.dy.get(i);
+  if (c.inverts) {
+    const double y = after.x.get(i);
+    const long double u = c.activation == Activation::leaky_relu && y <= 0 ? y / c.negative_slope
+                          : c.activation == Activation::elu && y <= 0
+                              ? std::log1p(std::max<long double>(y, -1 + 0x1p-24L))
+                              : y;
+    const long double xhat = o.weight == 0 ? 0 : (u - o.bias) / o.weight;
+    return {dy * activated_derivative(c, u), xhat};
+  }
+  const long double xhat = (before.x.get(i) - o.mean) * o.inv_std;
+  if (!has_epilogue(c)) return {dy, xhat};
+  const double u = c.dtype == DType::float64 ? u_of<double>(c, before, after, channel, i)
+                                             : u_of<float>(c, before, after, channel, i);
+  return {dy * activated_derivative(c, u), xhat};
 }
 
 // ---- Comparison
@@ -278,9 +375,11 @@ void compare_forward(const Case& c, const Tensors& before, const Tensors& after,
     for (int64_t s = 0; s < samples; ++s) {
       const int64_t i = index_of(c.shape, channel, s);
       const long double xhat = (before.x.get(i) - o.mean) * o.inv_std;
-      const long double y = xhat * o.weight + o.bias;
-      compare.expect("y", i, after.y.get(i), y, stored,
-                     std::abs(xhat * o.weight) + std::abs(o.bias) + std::abs(o.weight) * (1 + distance));
+      const long double residual = c.residual ? before.residual.get(i) : 0.0;
+      const long double y = activated(c, xhat * o.weight + o.bias + residual);
+      compare.expect(
+          "y", i, (c.inverts ? after.x : after.y).get(i), y, stored,
+          std::abs(xhat * o.weight) + std::abs(o.bias) + std::abs(residual) + std::abs(o.weight) * (1 + distance));
     }
   }
   if (c.running && c.training) compare.expect(after.counter == before.counter + 1, "the batch was not counted once");
@@ -294,7 +393,13 @@ void compare_backward(const Case& c, const Tensors& before, const Tensors& after
   const double parameter = accumulate + storage_error(c.parameters);
   const int64_t samples = c.shape.samples();
   for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
-    const Channel o = oracle(c, before, channel);
+    Channel o = oracle(c, before, channel);
+    std::vector<Element> elements;
+    for (int64_t s = 0; s < samples; ++s) {
+      elements.push_back(element_of(c, before, after, o, channel, index_of(c.shape, channel, s)));
+      o.sum_dy += elements.back().gradient;
+      o.sum_dy_xhat += elements.back().gradient * elements.back().xhat;
+    }
     const long double root = std::sqrt(static_cast<long double>(samples));
     const long double noise = root * 2;  // the size of a sum of this many gradients around zero
     if (dbias) {
@@ -304,14 +409,19 @@ void compare_backward(const Case& c, const Tensors& before, const Tensors& after
       compare.expect("dweight", channel, after.dweight.get(channel), o.sum_dy_xhat, parameter,
                      std::abs(o.sum_dy_xhat) + noise * (1 + std::abs(o.mean * o.inv_std)));
     }
+    const double smallest = c.dtype == DType::float16 ? 0x1p-14 : 0;  // below it, spacing does not shrink
+    for (int64_t s = 0; c.residual && s < samples; ++s) {
+      const int64_t i = index_of(c.shape, channel, s);
+      compare.expect("dresidual", i, after.dresidual.get(i), elements[s].gradient, stored,
+                     std::abs(before.dy.get(i)) + smallest);
+    }
     // The mean that forward saved is rounded: an error of |mean| * inv_std in units of the deviation.
     for (int64_t s = 0; dx && s < samples; ++s) {
       const int64_t i = index_of(c.shape, channel, s);
       const long double scale = o.weight * o.inv_std;
-      const long double xhat = (before.x.get(i) - o.mean) * o.inv_std;
-      const long double wanted = c.training
-                                     ? scale * (before.dy.get(i) - o.sum_dy / samples - xhat * o.sum_dy_xhat / samples)
-                                     : scale * before.dy.get(i);
+      const auto [gradient, xhat] = elements[s];
+      const long double wanted =
+          c.training ? scale * (gradient - o.sum_dy / samples - xhat * o.sum_dy_xhat / samples) : scale * gradient;
       compare.expect(
           "dx", i, after.dx.get(i), wanted, stored,
           std::abs(scale) * (std::abs(before.dy.get(i)) + 1 + std::abs(xhat) + std::abs(o.mean * o.inv_std)));
@@ -326,7 +436,8 @@ bool same_bits(const Tensors& a, const Tensors& b) {
   return a.y.bytes() == b.y.bytes() && a.dx.bytes() == b.dx.bytes() && a.mean.bytes() == b.mean.bytes() &&
          a.inv_std.bytes() == b.inv_std.bytes() && a.running_mean.bytes() == b.running_mean.bytes() &&
          a.running_var.bytes() == b.running_var.bytes() && a.dweight.bytes() == b.dweight.bytes() &&
-         a.dbias.bytes() == b.dbias.bytes() && a.counter == b.counter;
+         a.dbias.bytes() == b.dbias.bytes() && a.counter == b.counter && a.x.bytes() == b.x.bytes() &&
+         a.shift.bytes() == b.shift.bytes() && a.mask == b.mask && a.dresidual.bytes() == b.dresidual.bytes();
 }
 
 struct Gradients {
@@ -425,11 +536,13 @@ void check(const Case& c, const std::vector<Gradients>& subsets = {{true, true, 
 
 // A training call as SyncBatchNorm makes it: the batch in two parts, joined between the steps.
 void run_in_steps(const Case& c, Tensors& t) {
-  const int64_t channels = c.shape.channels, parts = 2;
+  constexpr int64_t parts = 2;
+  const int64_t channels = c.shape.channels;
   const int64_t outer_of_first = c.shape.outer / 3;
   std::vector<double> records(parts * (2 * channels + 2)), mean(channels), variance(channels);
   std::vector<double> sums(2 * channels, 0.0), dbias(channels), dweight(channels);
   double count = -1;
+  std::vector<uint8_t> masks[parts];
   const auto each_part = [&](const auto& action) {
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = part == 0 ? 0 : outer_of_first, end = part == 0 ? outer_of_first : c.shape.outer;
@@ -467,20 +580,29 @@ void run_in_steps(const Case& c, Tensors& t) {
   cuda::join_statistics(join, nullptr);
   if (count != static_cast<double>(c.shape.samples())) throw std::runtime_error("wrong count of samples");
 
-  each_part([&](int64_t, const Case& own, int64_t offset) {
+  const auto own_epilogue = [&](auto& p, int64_t part, const Case& own, int64_t offset) {
+    if (p.epilogue.residual != nullptr) p.epilogue.residual = at(p.epilogue.residual, offset);
+    if (!c.mask) return;
+    masks[part].resize(static_cast<size_t>(mask_bytes(own.shape)));
+    p.mask = masks[part].data();
+  };
+  each_part([&](int64_t part, const Case& own, int64_t offset) {
     ForwardParams p = forward_params(c, t);
     p.shape = own.shape;
     p.x = at(p.x, offset);
     p.y = at(p.y, offset);
+    own_epilogue(p, part, own, offset);
     p.running = {};
     p.running.mean = {mean.data(), DType::float64};
     p.running.variance = {variance.data(), DType::float64};
     p.batch_statistics = false;
     run(own, p);
   });
-  each_part([&](int64_t, const Case& own, int64_t offset) {
+  each_part([&](int64_t part, const Case& own, int64_t offset) {
     BackwardParams p = backward_params(c, t, false, false, false);
     p.shape = own.shape;
+    p.dresidual = nullptr;
+    own_epilogue(p, part, own, offset);
     p.dy = at(p.dy, offset);
     p.x = at(t.x.data(), offset);
     p.dweight = {dweight.data(), DType::float64};
@@ -491,9 +613,11 @@ void run_in_steps(const Case& c, Tensors& t) {
       sums[channels + channel] += dweight[channel];
     }
   });
-  each_part([&](int64_t, const Case& own, int64_t offset) {
+  each_part([&](int64_t part, const Case& own, int64_t offset) {
     BackwardParams p = backward_params(c, t, true, false, false);
     p.shape = own.shape;
+    if (p.dresidual != nullptr) p.dresidual = at(p.dresidual, offset);
+    own_epilogue(p, part, own, offset);
     p.dy = at(p.dy, offset);
     p.x = at(p.x, offset);
     p.dx = at(p.dx, offset);
@@ -780,6 +904,36 @@ void failures() {
   }
 }
 
+constexpr Activation all_activations[] = {Activation::identity, Activation::relu, Activation::leaky_relu,
+                                          Activation::elu,      Activation::silu, Activation::hardswish};
+
+bool has_mask(Activation activation) {
+  return activation == Activation::relu || activation == Activation::leaky_relu;
+}
+
+const char* name_of(Activation activation) {
+  constexpr const char* names[] = {"identity", "relu", "leaky_relu", "elu", "silu", "hardswish"};
+  return names[static_cast<int>(activation)];
+}
+
+// Every activation with and without a residual, and with a mask where one serves.
+template <class Action>
+void each_epilogue(const Case& plain, const Action& action) {
+  for (const Activation activation : all_activations) {
+    for (const bool residual : {false, true}) {
+      for (const bool mask : {false, true}) {
+        if ((mask && !has_mask(activation)) || (activation == Activation::identity && !residual)) continue;
+        Case c = plain;
+        c.name += std::string(", ") + name_of(activation) + (residual ? ", residual" : "") + (mask ? ", mask" : "");
+        c.activation = activation;
+        c.residual = residual;
+        c.mask = mask;
+        action(c);
+      }
+    }
+  }
+}
+
 void joined() {
   for (const DType dtype : all_dtypes) {
     for (const Shape shape :
@@ -796,6 +950,133 @@ void joined() {
   Case far{"joined batch, large mean", {12, 6, 37}, DType::float32};
   far.mean = 1e4;
   check_in_steps(far);
+  for (const Shape shape : {Shape{12, 6, 37}, Shape{7, 2, 1500}, Shape{130, 40, 1}}) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      each_epilogue({"joined batch", shape, dtype}, [](const Case& c) { check_in_steps(c); });
+    }
+  }
+}
+
+void epilogues() {
+  // All of them where each view is at its simplest; elsewhere what differs by shape: the mask, and a residual.
+  for (const Shape shape : {Shape{3, 2, 1027}, Shape{6, 32, 49}}) {
+    for (const DType dtype : all_dtypes) {
+      for (const bool training : {true, false}) {
+        Case plain{"epilogue", shape, dtype};
+        plain.training = training;
+        each_epilogue(plain, [](const Case& c) { check(c); });
+      }
+    }
+  }
+  const struct {
+    const char* name;
+    Shape shape;
+  } shapes[] = {
+      {"long runs", {3, 2, 1024}},
+      {"one channel", {5, 1, 77}},
+      {"one channel, one run", {200, 1, 1}},
+      {"long runs of many outer", {70, 1, 600}},
+      {"7x7, odd number of channels", {20, 5, 49}},
+      {"7x7, rows off byte boundaries", {3, 41, 49}},
+      {"14x14", {5, 8, 196}},
+      {"15x15, tiles that share vectors", {3, 40, 225}},
+      {"15x15 odd", {9, 41, 225}},
+      {"rows", {300, 64, 1}},
+      {"wide odd rows", {40, 1201, 1}},
+      {"three channels last", {130, 3, 1}},
+      {"20 channels last", {61, 20, 1}},
+      {"one row", {1, 24, 5}},
+      {"two samples", {2, 7, 1}},
+      {"two samples in a run", {1, 7, 2}},
+  };
+  for (const auto& s : shapes) {
+    for (const DType dtype : all_dtypes) {
+      for (const bool training : {true, false}) {
+        Case c{std::string("epilogue, ") + s.name, s.shape, dtype};
+        c.training = training;
+        c.residual = true;
+        c.activation = Activation::relu;
+        c.mask = true;
+        check(c);
+        c.activation = Activation::silu;
+        c.mask = false;
+        check(c);
+      }
+    }
+  }
+  for (const Shape shape : {Shape{4, 3, 1030}, Shape{30, 6, 35}, Shape{20, 40, 1}}) {
+    for (const DType dtype : all_dtypes) {
+      for (const int odd : {0, 1, 2, 3}) {
+        Case c{"epilogue, tensors off vector boundaries", shape, dtype};
+        c.x_offset = odd == 0 || odd == 3 ? 1 : 0;
+        c.y_offset = odd == 1 || odd == 3 ? 1 : 0;
+        c.residual_offset = odd == 2 || odd == 3 ? 1 : 0;
+        c.residual = true;
+        c.activation = Activation::leaky_relu;
+        for (const bool mask : {true, false}) {
+          for (const bool training : {true, false}) {
+            c.mask = mask;
+            c.training = training;
+            check(c);
+          }
+        }
+      }
+    }
+  }
+  std::vector<Gradients> subsets = all_subsets;
+  subsets.push_back({false, false, false});  // dresidual alone
+  for (const Shape shape : {Shape{12, 6, 37}, Shape{2, 2, 1500}}) {
+    for (const bool training : {true, false}) {
+      for (const bool affine : {true, false}) {
+        Case plain{"epilogue, gradient subsets", shape, DType::float32};
+        plain.training = training;
+        plain.affine = affine;
+        plain.residual = true;
+        plain.activation = Activation::relu;
+        plain.mask = true;
+        check(plain, subsets);
+        plain.activation = Activation::elu;
+        plain.mask = false;
+        check(plain, subsets);
+        plain.residual = false;
+        check(plain, all_subsets);
+      }
+    }
+  }
+}
+
+// y overwrites x, and backward has only y.
+void inverted() {
+  for (const Shape shape : {Shape{3, 2, 1027}, Shape{6, 32, 49}, Shape{300, 64, 1}, Shape{2, 2, 4096}}) {
+    for (const DType dtype : all_dtypes) {
+      for (const Activation activation : {Activation::identity, Activation::leaky_relu, Activation::elu}) {
+        for (const int64_t offset : {0, 1}) {
+          for (const bool training : {true, false}) {
+            Case c{std::string("inverted, ") + name_of(activation), shape, dtype};
+            c.activation = activation;
+            c.inverts = true;
+            c.x_offset = c.y_offset = offset;
+            c.training = training;
+            check(c);
+          }
+        }
+      }
+    }
+  }
+  Case zero{"inverted, a weight of zero", {6, 3, 49}, DType::float32};
+  zero.inverts = true;
+  zero.activation = Activation::leaky_relu;
+  Tensors t = inputs(zero);
+  t.weight.set(1, 0.0);
+  run(zero, forward_params(zero, t));
+  run(zero, backward_params(zero, t, true, true, true));
+  Comparison compare;
+  compare.expect("dweight", 1, t.dweight.get(1), 0, 0, 0);
+  for (int64_t s = 0; s < zero.shape.samples(); ++s) {
+    const int64_t i = index_of(zero.shape, 1, s);
+    compare.expect("dx", i, t.dx.get(i), 0, 0, 0);
+  }
+  report(compare.why().empty(), zero.name, compare.why());
 }
 
 }  // namespace
@@ -811,6 +1092,8 @@ int main() {
   nonfinite();
   in_place();
   joined();
+  epilogues();
+  inverted();
   const cuda::DeviceLimits limits = cuda::device_limits(0);
   report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.cooperative &&
              limits.active_clusters[0] == 4 && limits.active_clusters[2] == 1 && limits.active_clusters[3] == 0,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
 // `pointwise` in one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums
 // and the board. Block 0 counts the batch if `num_batches_tracked` is not null; no block may then read it.
 template <class Op, class View, int kVector, int kThreads>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+__global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typename Op::T, true> : kResidentBlocks)
     resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
              typename Op::T* output, Reuse output_reuse, int64_t* num_batches_tracked) {
   using T = typename Op::T;
@@ -66,16 +66,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const auto place = [&](int vector, int input, int word) {
     return ((vector * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
-  const auto each_word = [](const auto& use) {
-#pragma unroll
-    for (int u = 0; u < Op::kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < Op::kInputs; ++i) {
-#pragma unroll
-        for (int w = 0; w < kPackWords; ++w) use(u, i, w);
-      }
-    }
-  };
   if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *num_batches_tracked += 1;
 
 #pragma unroll 1
@@ -87,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
       load<Reuse::none>(whole, packs, op.inputs, slots);
-      each_word([&](int u, int i, int w) {
-        if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(packs[i][u], w);
+      for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
+        if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(pack, w);
       });
       op.accumulate(whole, sums, packs, slots, index == 0);
     });
@@ -108,11 +98,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     Walk again(view, tile, group.rank());
     Coefficients coefficients[kSums];
     take_coefficients(coefficients, of_tile, again);
-    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
-      Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-      each_word([&](int u, int i, int w) {
+    for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
+      Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
+      for_each_word(packs, [&](auto& pack, int u, int i, int w) {
         const bool is_kept = whole.value || index + u < thread_vectors;
-        set_word(packs[i][u], w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+        set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
       });
       map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
     });

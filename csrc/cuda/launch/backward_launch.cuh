@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/gradient_sums.cuh"
 #include "cuda/kernels/input_gradient.cuh"
 #include "cuda/launch/launch_plan.h"
@@ -22,7 +23,7 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
   const Reuse reuse = output_reuse(shape, params.dtype, limits);
   auto* const coefficients =
       reinterpret_cast<InputGradientCoefficients<A>*>(static_cast<char*>(workspace) + plan.coefficients_offset);
-  const bool input_gradient_follows = plan.needs_input_gradient && params.batch_statistics;
+  const bool input_gradient_follows = plan.needs_input_gradient && dx != nullptr && params.batch_statistics;
   const FinalizeGradients<T> finalize{shape,
                                       params.weight,
                                       static_cast<const A*>(params.mean),
@@ -42,21 +43,46 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
     return;
   }
 
+  // Where x is not needed, dy stands in for it: its second read hits the first-level cache, and no one looks at what
+  // becomes of it.
+  const T* const x_or_dy = x == nullptr ? dy : x;
+  const bool has_epilogue = cuda::has_epilogue(params);
+  const BackwardEpilogue<T> epilogue{params.epilogue.activation,
+                                     static_cast<A>(params.epilogue.negative_slope),
+                                     params.x_is_output,
+                                     static_cast<const T*>(params.epilogue.residual),
+                                     params.mask,
+                                     static_cast<const A*>(params.mean),
+                                     inv_std,
+                                     static_cast<const A*>(params.shift),
+                                     params.weight};
+  T* const dresidual = static_cast<T*>(params.dresidual);
+
   if (plan.resident.fits) {
     const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
-    launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
+    if (has_epilogue) {
+      const ActivatedGradientSums<T> activated{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse};
+      launch_resident("backward", plan.resident, activated, dx, reuse, nullptr, workspace, stream);
+    } else {
+      launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
+    }
     return;
   }
   if (plan.needs_sums) {
-    // Where x is not needed, dy stands in for it: its second read hits the first-level cache, and no one looks at the
-    // sum it goes into.
-    const T* const x_or_dy = x == nullptr ? dy : x;
-    if (dx != nullptr && !plan.needs_input_gradient) {
+    if (has_epilogue) {
+      const bool last = !plan.needs_input_gradient;
+      const GradientSums<T, false> sums{{dy, x_or_dy}, finalize, partials, splits, coefficients, nullptr, reuse};
+      launch_reduce<false>(
+          "gradient_sums", plan.sums,
+          ActivatedGradientSums<T>{
+              {dy, x_or_dy}, epilogue, sums, last ? dx : nullptr, last ? dresidual : nullptr, nullptr, reuse},
+          stream);
+    } else if (dx != nullptr && !plan.needs_input_gradient) {
       const GradientSums<T, true> sums{{dy, x_or_dy}, finalize, partials, splits, nullptr, dx, reuse};
-      launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
+      launch_reduce<false>("gradient_sums", plan.sums, sums, stream);
     } else {
       const GradientSums<T, false> sums{{dy, x_or_dy}, finalize, partials, splits, coefficients, nullptr, reuse};
-      launch_reduce<T, false>("gradient_sums", plan.sums, sums, stream);
+      launch_reduce<false>("gradient_sums", plan.sums, sums, stream);
     }
     if (splits > 1) {
       launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
@@ -64,11 +90,17 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
     }
   }
   if (!plan.needs_input_gradient) return;
-  if (params.joined.count != nullptr) {
+  if (params.joined.count != nullptr && input_gradient_follows) {
     launch_finalize("finalize_gradients", stream, finalize_gradients<T, kFinalizeThreads>, shape.channels, finalize,
                     partials, 0, coefficients);
   }
-  if (params.batch_statistics) {
+  if (has_epilogue) {
+    launch_pointwise(
+        "input_gradient", plan.input_gradient,
+        ActivatedInputGradient<T>{
+            {dy, x_or_dy}, dx, reuse, input_gradient_follows ? coefficients : nullptr, epilogue, dresidual},
+        stream);
+  } else if (params.batch_statistics) {
     launch_pointwise("input_gradient", plan.input_gradient, InputGradient<T>{{dy, x}, dx, reuse, coefficients}, stream);
   } else {
     launch_pointwise("input_gradient", plan.input_gradient,

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/kernels/channel_statistics.cuh"
+#include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/finalize_statistics.cuh"
 #include "cuda/kernels/normalize.cuh"
 #include "cuda/launch/launch_plan.h"
@@ -26,6 +27,10 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
   A* const inv_std = static_cast<A*>(params.inv_std);
   const Reuse reuse = output_reuse(shape, params.dtype, limits);
   NormalizeCoefficients<A>* coefficients = nullptr;
+  const bool has_epilogue = cuda::has_epilogue(params);
+  const ForwardEpilogue<T> epilogue{params.epilogue.activation, static_cast<A>(params.epilogue.negative_slope),
+                                    static_cast<const T*>(params.epilogue.residual), params.mask,
+                                    static_cast<A*>(params.shift)};
 
   if (params.batch_statistics) {
     auto* const partials = static_cast<Moments<A>*>(workspace);
@@ -38,12 +43,19 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
     if (plan.resident.fits) {
       // Blocks that read the counter must all have done so before it changes.
       const bool counter_is_read = params.running.cumulative && counter != nullptr;
-      launch_resident("forward", plan.resident, statistics, static_cast<T*>(params.y), reuse,
-                      counter_is_read ? nullptr : counter, workspace, stream);
+      const auto run = [&](const auto& op) {
+        launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse,
+                        counter_is_read ? nullptr : counter, workspace, stream);
+      };
+      if (has_epilogue) {
+        run(StatisticsActivate<T>{statistics, epilogue});
+      } else {
+        run(statistics);
+      }
       if (counter_is_read) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
       return;
     }
-    launch_reduce<T, true>("channel_statistics", plan.statistics, statistics, stream);
+    launch_reduce<true>("channel_statistics", plan.statistics, statistics, stream);
     if (splits > 1) {
       launch_finalize("finalize_statistics", stream, finalize_statistics<T, kFinalizeThreads>, shape.channels, finalize,
                       partials, splits, coefficients);
@@ -58,7 +70,11 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
                                params.weight, params.bias,
                                params.eps,    mean,
                                inv_std};
-  launch_pointwise("normalize", plan.normalize, normalize, stream);
+  if (has_epilogue) {
+    launch_pointwise("normalize", plan.normalize, NormalizeActivate<T>{normalize, epilogue}, stream);
+  } else {
+    launch_pointwise("normalize", plan.normalize, normalize, stream);
+  }
 }
 
 }  // namespace batchnorm_ext::cuda

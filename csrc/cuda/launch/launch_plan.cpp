@@ -20,6 +20,9 @@ constexpr int64_t kLongRunBytes = 1024;
 // Enough of a row for full-width memory access, and few enough channels that a split's partial results stay small.
 constexpr int64_t kTileRowBytes = 256;
 
+// The same of slots that are several vectors.
+constexpr int64_t kTileRowSlots = 16;
+
 // Rows of a resident tile, the widest first: a line of the cache is 128 bytes, of which memory sends no less than half.
 constexpr int64_t kResidentRowBytes[] = {256, 128, 64};
 
@@ -56,38 +59,53 @@ void lay_rows(StepPlan& plan, const Shape& shape, const Alignment& alignment) {
   plan.tiles = shape.channels;
 }
 
+bool fits_a_row(int64_t columns, int vector) {
+  return covering_vectors(columns, vector, false) <= kBlockThreads;
+}
+
 // Rows of `outer_per_row` outer indices start at vector boundaries; one tile must then hold the whole row.
 int64_t outer_per_row(const Shape& shape, int vector) {
   const int64_t row = shape.channels * shape.inner;
   const int64_t joined = vector / std::gcd(row, int64_t(vector));
-  const bool fits = covering_vectors(joined * row, vector, false) <= kBlockThreads;
-  return fits && shape.outer >= joined ? joined : 1;
+  return fits_a_row(joined * row, vector) && shape.outer >= joined ? joined : 1;
+}
+
+// Channels of which each multiple makes whole sectors and whole slots.
+int64_t unit_channels(const Shape& shape, DType dtype, int vector) {
+  const int64_t element = element_size(dtype);
+  const int64_t unit_bytes = std::max(kSectorBytes, vector * element);
+  return unit_bytes / std::gcd(shape.inner * element, unit_bytes);
 }
 
 int64_t tile_channels(const Shape& shape, DType dtype, int vector, int64_t row_bytes) {
-  const int64_t element = element_size(dtype);
-  const int64_t run_bytes = shape.inner * element;
-  const int64_t unit = kSectorBytes / std::gcd(run_bytes, kSectorBytes);  // whole sectors
-  int64_t channels = unit * divide_up(row_bytes, unit * run_bytes);
-  if (covering_vectors(channels * shape.inner, vector, false) > kBlockThreads) {
+  const int64_t unit = unit_channels(shape, dtype, vector);
+  int64_t channels = unit * divide_up(row_bytes, unit * shape.inner * element_size(dtype));
+  if (!fits_a_row(channels * shape.inner, vector)) {
     channels = std::max<int64_t>(1, kBlockThreads / 2 * vector / shape.inner);
   }
   return std::min(channels, shape.channels);
 }
 
-void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignment& alignment, int64_t row_bytes) {
+void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignment& alignment, int64_t row_bytes,
+                 bool epilogue) {
   ColumnView& view = plan.column_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
   view.outer_per_row = outer_per_row(shape, plan.vector);
   view.tile_channels = view.outer_per_row > 1 ? shape.channels : tile_channels(shape, dtype, plan.vector, row_bytes);
   const int64_t rows = divide_up(shape.outer, view.outer_per_row);
-  view.phases = static_cast<int>(std::min(plan.vector / std::gcd(view.pitch(), int64_t(plan.vector)), rows));
-  view.all_phase_rows = rows / view.phases;
-  view.long_phases = static_cast<int>(rows % view.phases);
   const int64_t columns = view.tile_channels * view.outer_per_row * shape.inner;
   const bool at_boundaries = alignment.misalignment == 0 && view.pitch() % plan.vector == 0;
+  view.phases = static_cast<int>(std::min(plan.vector / std::gcd(view.pitch(), int64_t(plan.vector)), rows));
   view.tile_vectors = static_cast<int>(covering_vectors(columns, plan.vector, at_boundaries));
+  if (epilogue) {
+    // Slots are counted from the front of each row: none has two rows' elements, but few of them are vectors then.
+    plan.vectors = plan.vectors && view.phases == 1;
+    view.phases = 1;
+    view.tile_vectors = static_cast<int>(divide_up(columns, plan.vector));
+  }
+  view.all_phase_rows = rows / view.phases;
+  view.long_phases = static_cast<int>(rows % view.phases);
   view.lanes = kBlockThreads / view.tile_vectors;
   view.fold_width = 1;
   while (view.fold_width < 32 && 2 * view.fold_width * view.tile_channels <= kBlockThreads) view.fold_width *= 2;
@@ -95,17 +113,28 @@ void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignmen
 }
 
 // All of a plan but how its tiles are split.
-StepPlan lay(Shape shape, DType dtype, const Alignment& alignment, int64_t row_bytes) {
+StepPlan lay(Shape shape, DType dtype, Alignment alignment, int64_t row_bytes, bool epilogue) {
   StepPlan plan{};
   if (shape.channels == 1) shape = {1, 1, shape.samples()};
+  plan.vectors = alignment.common;
   plan.vector = alignment.common ? static_cast<int>(kVectorBytes / element_size(dtype)) : 1;
+  if (epilogue) {
+    plan.vectors = alignment.common && alignment.misalignment == 0;
+    plan.vector = kEpilogueVector;
+    plan.row_view.boundaries = plan.column_view.boundaries = plan.vectors;
+    alignment = {0, true};
+    row_bytes = std::max(row_bytes, kTileRowSlots * plan.vector * element_size(dtype) * row_bytes / kTileRowBytes);
+  }
   // A tile of columns holds at least one channel's run.
   plan.rows = shape.inner * element_size(dtype) >= kLongRunBytes || shape.inner > kBlockThreads / 2 * plan.vector ||
               shape.channels == 1;
+  if (epilogue && !plan.rows && outer_per_row(shape, plan.vector) == 1) {
+    plan.rows = !fits_a_row(unit_channels(shape, dtype, plan.vector) * shape.inner, plan.vector);
+  }
   if (plan.rows) {
     lay_rows(plan, shape, alignment);
   } else {
-    lay_columns(plan, shape, dtype, alignment, row_bytes);
+    lay_columns(plan, shape, dtype, alignment, row_bytes, epilogue);
   }
   return plan;
 }
@@ -159,7 +188,7 @@ int64_t partial_results(const Shape& shape, const StepPlan& step) {
 // What `resident` keeps: of how many tensors, and the sizes of a channel's results.
 struct Kept {
   int inputs;
-  int64_t item_bytes, coefficient_bytes;
+  int64_t element_bytes, item_bytes, coefficient_bytes;
   bool in_place;  // the output overwrites an input
 };
 
@@ -230,11 +259,12 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
   const int64_t limit = resident_shared_bytes(limits);
   const int64_t sums_bytes = (step.rows ? 1 : step.vector) * kept.item_bytes * kBlockThreads;
   const int64_t board_bytes = step.tile_channels() * (kept.item_bytes + kept.coefficient_bytes);
-  const int64_t vector_bytes = kept.inputs * kVectorBytes * threads;
+  const int64_t slot_bytes = step.vector * kept.element_bytes;
+  const int64_t vector_bytes = kept.inputs * slot_bytes * threads;
   const int64_t most_vectors = (limit - sums_bytes - board_bytes) / vector_bytes;
   if (limit <= sums_bytes + board_bytes || most_vectors < 1) return plan;
   const int64_t all = unsplit_thread_vectors(step);
-  const int64_t tile_traffic = (kept.inputs + 1) * kVectorBytes * threads * all * phases_of(step);
+  const int64_t tile_traffic = (kept.inputs + 1) * slot_bytes * threads * all * phases_of(step);
   plan.groups = plan_groups(step, divide_up(all, most_vectors), tile_traffic, limits);
   if (plan.groups.tiles == 0) return plan;
   plan.thread_vectors = divide_up(all, plan.groups.size / phases_of(step));
@@ -248,13 +278,22 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
   return plan;
 }
 
+DeviceLimits without_groups(DeviceLimits limits) {
+  limits.cooperative = false;
+  for (int& clusters : limits.active_clusters) clusters = 0;
+  return limits;
+}
+
 // Tiles as wide as leave room for two groups at once, one of which copies while the other exchanges; else the widest.
-ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& alignment, const Kept& kept,
-                           const DeviceLimits& limits) {
+ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& alignment, bool epilogue, const Kept& kept,
+                           DeviceLimits limits) {
   ResidentPlan best{};
-  if (!alignment.common) return best;
+  // These need too many registers for two blocks on a multiprocessor, so none may wait for another.
+  if (epilogue && dtype == DType::float64) limits = without_groups(limits);
   for (const int64_t row_bytes : kResidentRowBytes) {
-    const ResidentPlan plan = plan_resident_tile(lay(shape, dtype, alignment, row_bytes), kept, limits);
+    const StepPlan step = lay(shape, dtype, alignment, row_bytes, epilogue);
+    if (!step.vectors) break;
+    const ResidentPlan plan = plan_resident_tile(step, kept, limits);
     if (!plan.fits) continue;
     if (!best.fits || plan.groups.exchange != Exchange::grid || plan.groups.count > 1) best = plan;
     if (plan.step.rows || best.groups.exchange != Exchange::grid || best.groups.count > 1) break;
@@ -275,9 +314,10 @@ Alignment alignment_of(DType dtype, std::initializer_list<const void*> tensors) 
   return alignment.common && alignment.misalignment >= 0 ? alignment : Alignment{0, alignment.common};
 }
 
-StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits) {
+StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits,
+                   bool epilogue) {
   if (shape.elements() == 0) return {};
-  StepPlan plan = lay(shape, dtype, alignment, kTileRowBytes);
+  StepPlan plan = lay(shape, dtype, alignment, kTileRowBytes, epilogue);
   split(plan, divide_up(unsplit_thread_vectors(plan), wanted_parts(plan, blocks_that_fill(limits))));
   return plan;
 }
@@ -288,17 +328,26 @@ int64_t resident_shared_bytes(const DeviceLimits& limits) {
                   limits.shared_bytes_per_multiprocessor / kResidentBlocks - kReservedBytes);
 }
 
+bool has_epilogue(const ForwardParams& params) {
+  return !params.epilogue.empty() || params.shift != nullptr || params.mask != nullptr;
+}
+
+bool has_epilogue(const BackwardParams& params) {
+  return params.epilogue.activation != Activation::identity || params.x_is_output || params.dresidual != nullptr;
+}
+
 ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits) {
   ForwardPlan plan{};
   const Shape& shape = params.shape;
   if (shape.elements() == 0) return plan;
-  const Alignment alignment = alignment_of(params.dtype, {params.x, params.y});
-  plan.normalize = plan_step(shape, params.dtype, alignment, limits);
+  const bool epilogue = has_epilogue(params);
+  const Alignment alignment = alignment_of(params.dtype, {params.x, params.y, params.epilogue.residual});
+  plan.normalize = plan_step(shape, params.dtype, alignment, limits, epilogue);
   if (!params.batch_statistics) return plan;
   if (params.record == nullptr) {
-    const Kept kept{1, bytes_of<Moments>(1, params.dtype), bytes_of<NormalizeCoefficients>(1, params.dtype),
-                    params.x == params.y};
-    plan.resident = plan_resident(shape, params.dtype, alignment, kept, limits);
+    const Kept kept{1, element_size(params.dtype), bytes_of<Moments>(1, params.dtype),
+                    bytes_of<NormalizeCoefficients>(1, params.dtype), params.x == params.y};
+    plan.resident = plan_resident(shape, params.dtype, alignment, epilogue, kept, limits);
     plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
     if (plan.resident.fits) return plan;
   }
@@ -313,31 +362,34 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   BackwardPlan plan{};
   const Shape& shape = params.shape;
   if (shape.elements() == 0) return plan;
-  const bool dx = params.dx != nullptr;
+  const bool epilogue = has_epilogue(params), dx = params.dx != nullptr;
+  const bool maps = dx || params.dresidual != nullptr;
   plan.needs_sums = params.dweight.data != nullptr || params.dbias.data != nullptr ||
                     (dx && params.batch_statistics && params.joined.count == nullptr);
-  plan.needs_input_gradient = dx && (params.batch_statistics || !plan.needs_sums);
+  plan.needs_input_gradient = maps && ((dx && params.batch_statistics) || !plan.needs_sums);
+  // All tensors of the call, so that all steps visit the same slots of an epilogue.
+  const Alignment common =
+      alignment_of(params.dtype, {params.dy, params.x, params.dx, params.epilogue.residual, params.dresidual});
+  const auto step = [&](std::initializer_list<const void*> tensors) {
+    return plan_step(shape, params.dtype, epilogue ? common : alignment_of(params.dtype, tensors), limits, epilogue);
+  };
+  const int64_t coefficient_bytes = bytes_of<InputGradientCoefficients>(1, params.dtype);
   if (plan.needs_sums && plan.needs_input_gradient) {
-    const Alignment alignment = alignment_of(params.dtype, {params.dy, params.x, params.dx});
-    const Kept kept{2, bytes_of<GradientPartial>(1, params.dtype), bytes_of<InputGradientCoefficients>(1, params.dtype),
-                    false};
-    plan.resident = plan_resident(shape, params.dtype, alignment, kept, limits);
+    const Kept kept{2, element_size(params.dtype), bytes_of<GradientPartial>(1, params.dtype),
+                    epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes, false};
+    plan.resident = plan_resident(shape, params.dtype, common, epilogue, kept, limits);
     plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
     if (plan.resident.fits) return plan;
   }
   if (plan.needs_sums) {
-    const void* const written = plan.needs_input_gradient ? nullptr : params.dx;
-    plan.sums = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.dy, params.x, written}), limits);
+    plan.sums = step({params.dy, params.x, plan.needs_input_gradient ? nullptr : params.dx});
     const int64_t partials = partial_results(shape, plan.sums);
     plan.coefficients_offset = round_up(bytes_of<GradientPartial>(partials, params.dtype), kWorkspaceAlignment);
     plan.workspace_bytes = plan.coefficients_offset;
   }
   if (plan.needs_input_gradient) {
-    const void* const x = params.batch_statistics ? params.x : nullptr;
-    plan.input_gradient = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.dy, x, params.dx}), limits);
-    if (params.batch_statistics) {
-      plan.workspace_bytes += bytes_of<InputGradientCoefficients>(shape.channels, params.dtype);
-    }
+    plan.input_gradient = step({params.dy, params.batch_statistics ? params.x : nullptr, params.dx});
+    if (dx && params.batch_statistics) plan.workspace_bytes += shape.channels * coefficient_bytes;
   }
   return plan;
 }

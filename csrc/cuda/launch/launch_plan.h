@@ -39,15 +39,21 @@ Alignment alignment_of(DType dtype, std::initializer_list<const void*> tensors);
 
 // One launch of `reduce` or `pointwise`: the view and the grid (tiles, splits).
 struct StepPlan {
-  int vector;  // elements loaded at once
-  bool rows;   // which of the views
+  int vector;    // elements of a slot
+  bool vectors;  // whether slots that are whole start at vector boundaries, in every tensor
+  bool rows;     // which of the views
   RowView row_view;
   ColumnView column_view;
   int64_t tiles, splits;
 
   int64_t tile_channels() const { return rows ? 1 : column_view.tile_channels; }
 };
-StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits);
+// With an epilogue, which slots there are follows from the shape and the dtype alone, so that a mask is the same in
+// forward and backward.
+StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits,
+                   bool epilogue = false);
+bool has_epilogue(const ForwardParams& params);
+bool has_epilogue(const BackwardParams& params);
 
 // One launch of `resident`, where a group of blocks can keep a tile of each of the inputs in their shared memory. Two
 // blocks share a multiprocessor.

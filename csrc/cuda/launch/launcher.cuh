@@ -79,12 +79,13 @@ void launch_groups(const char* step, const Groups& groups, cudaLaunchConfig_t co
   launch(step, config, kernel, arguments...);
 }
 
-// use(view, width): the plan's view, and its vector width as a constant. Steps on one tensor always have whole vectors.
-template <class T, bool kOneTensor, class Use>
+// use(view, width): the plan's view, and its vector width as a constant. Steps on one tensor always have whole vectors,
+// and those with an epilogue slots of one width.
+template <class Op, bool kOneTensor, class Use>
 void with_view(const StepPlan& plan, Use&& use) {
-  constexpr int kWide = kVectorBytes / sizeof(T);
+  constexpr int kWide = Op::kEpilogue ? kEpilogueVector : kVectorBytes / sizeof(typename Op::T);
   const auto with_width = [&](const auto& view) {
-    if constexpr (!kOneTensor) {
+    if constexpr (!kOneTensor && !Op::kEpilogue) {
       if (plan.vector != kWide) return use(view, std::integral_constant<int, 1>{});
     }
     use(view, std::integral_constant<int, kWide>{});
@@ -96,9 +97,9 @@ void with_view(const StepPlan& plan, Use&& use) {
   }
 }
 
-template <class T, bool kOneTensor, class Op>
+template <bool kOneTensor, class Op>
 void launch_reduce(const char* step, const StepPlan& plan, const Op& op, cudaStream_t stream) {
-  with_view<T, kOneTensor>(plan, [&](const auto& view, auto width) {
+  with_view<Op, kOneTensor>(plan, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
     constexpr int kWidth = decltype(width)::value;
     constexpr size_t kSharedBytes = kBlockThreads * kChannelsPerThread<View, kWidth> * sizeof(typename Op::Item);
@@ -110,7 +111,7 @@ void launch_reduce(const char* step, const StepPlan& plan, const Op& op, cudaStr
 
 template <class Op>
 void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cudaStream_t stream) {
-  with_view<typename Op::T, false>(plan, [&](const auto& view, auto width) {
+  with_view<Op, false>(plan, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
     const size_t shared_bytes = static_cast<size_t>(plan.tile_channels()) * sizeof(typename Op::Coefficients);
     launch(step, stream, pointwise<Op, View, decltype(width)::value, kBlockThreads>, plan.tiles, plan.splits,
@@ -123,7 +124,7 @@ void launch_resident(const char* step, const ResidentPlan& plan, const Op& op, t
                      Reuse output_reuse, int64_t* num_batches_tracked, void* workspace, cudaStream_t stream) {
   Groups groups = plan.groups;
   groups.workspace = workspace;
-  with_view<typename Op::T, true>(plan.step, [&](const auto& view, auto width) {
+  with_view<Op, true>(plan.step, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
     launch_groups(step, groups,
                   launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream),

@@ -50,6 +50,19 @@ __device__ __forceinline__ void set_word(Pack<T, kVector>& pack, int word, const
   memcpy(reinterpret_cast<char*>(&pack) + word * kVectorBytes, &bits, sizeof(bits));
 }
 
+// Calls use(pack, u, i, word) for each word of each pack.
+template <class T, int kVector, int kInputs, int kUnroll, class Use>
+__device__ __forceinline__ void for_each_word(Pack<T, kVector> (&packs)[kInputs][kUnroll], Use&& use) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+#pragma unroll
+      for (int w = 0; w < kWords<T, kVector>; ++w) use(packs[i][u], u, i, w);
+    }
+  }
+}
+
 // What no one will want soon is marked to leave the second-level cache first.
 enum class Reuse { soon, none };
 

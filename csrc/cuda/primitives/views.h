@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/formulas.h"
 #include "core/params.h"
 
 namespace batchnorm_ext::cuda {
@@ -87,6 +88,18 @@ BN_HOST_DEVICE int64_t group_workspace_bytes(const Groups& groups) {
 template <class A>
 struct GradientPartial {
   A sum_dy, sum_dy_xmu;
+};
+
+// What an element's gradients follow from behind an epilogue.
+template <class A>
+struct ActivatedGradientCoefficients {
+  NormalizeCoefficients<A> normalize;
+  A mean_dy, x_scale;  // of InputGradientCoefficients; its dy_scale is normalize.scale
+
+  BN_HOST_DEVICE A input_gradient(A gradient, A deviation) const {
+    return InputGradientCoefficients<A>{A(0), normalize.scale, mean_dy, x_scale}(gradient, deviation);
+  }
+  BN_HOST_DEVICE A input_gradient(A gradient) const { return gradient * normalize.scale; }
 };
 
 }  // namespace batchnorm_ext::cuda

@@ -1,0 +1,356 @@
+// Residual and activation in the kernels of batch norm: what follows normalize, and what precedes the backward steps.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/activation.h"
+#include "core/formulas.h"
+#include "core/params.h"
+#include "cuda/kernels/channel_statistics.cuh"
+#include "cuda/kernels/gradient_sums.cuh"
+#include "cuda/kernels/normalize.cuh"
+#include "cuda/primitives/pack.cuh"
+
+namespace batchnorm_ext::cuda {
+
+// Which activation is one branch for each slot, the same for all threads: kernels for each would be six times as many.
+
+// Slots at a time: as many loads in flight as there are registers for.
+template <class T>
+constexpr int kForwardUnroll = sizeof(T) == 8 ? 1 : 2;
+template <class T>
+constexpr int kBackwardUnroll = sizeof(T) == 2 ? 2 : 1;
+
+// A null tensor reads as zero.
+template <class Whole, class T, int kVector, int kUnroll>
+__device__ __forceinline__ void load_if_any(Whole whole, Pack<T, kVector> (&packs)[kUnroll], const T* tensor,
+                                            const Slot (&slots)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (tensor != nullptr) {
+      load<Reuse::none>(whole, packs[u], tensor, slots[u]);
+    } else {
+      packs[u] = Pack<T, kVector>{};
+    }
+  }
+}
+
+// From x to y = activation(u), u = batch_norm(x) + residual.
+template <class T>
+struct ForwardEpilogue {
+  using A = accumulate_t<T>;
+
+  Activation activation;
+  A negative_slope;
+  const T* residual;
+  uint8_t* mask;
+  A* shift;
+
+  __device__ __forceinline__ void save(int64_t channel, const NormalizeCoefficients<A>& coefficients) const {
+    if (shift != nullptr) shift[channel] = coefficients.shift;
+  }
+
+  template <class Whole, int kVector, int kUnroll, int kSets>
+  __device__ __forceinline__ void operator()(Whole whole, Pack<T, kVector> (&x)[kUnroll],
+                                             const NormalizeCoefficients<A> (&coefficients)[kSets],
+                                             const Slot (&slots)[kUnroll], T* y, Reuse reuse) const {
+    Pack<T, kVector> residuals[kUnroll];
+    load_if_any(whole, residuals, residual, slots);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      A u[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        u[e] = coefficients[kSets == 1 ? 0 : e](widen(x[i].values[e])) + widen(residuals[i].values[e]);
+      }
+      if (mask != nullptr && slots[i].high > slots[i].low) {
+        static_assert(kVector == 8);
+        unsigned bits = 0;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) bits |= blocked(u[e]) ? 0u : 1u << e;
+        mask[slots[i].number] = static_cast<uint8_t>(bits);
+      }
+      with_activation(activation, [&](auto which) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) u[e] = activate<decltype(which)::value>(u[e], negative_slope);
+      });
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) x[i].values[e] = narrow<T>(u[e]);
+    }
+    store(whole, x, y, slots, reuse);
+  }
+};
+
+// The step normalize with an epilogue.
+template <class T_>
+struct NormalizeActivate : Normalize<T_> {
+  using T = T_;
+  using Coefficients = typename Normalize<T>::Coefficients;
+  static constexpr bool kEpilogue = true;
+  static constexpr int kUnroll = kForwardUnroll<T>;
+
+  ForwardEpilogue<T> epilogue;
+
+  __device__ __forceinline__ Coefficients coefficients(int64_t channel, bool first) const {
+    const Coefficients of_channel = Normalize<T>::coefficients(channel, first);
+    if (first) epilogue.save(channel, of_channel);
+    return of_channel;
+  }
+
+  template <class Whole, int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kUnroll],
+                                                const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
+                                                T* output, Reuse reuse) const {
+    epilogue(whole, packs[0], coefficients, slots, output, reuse);
+  }
+};
+
+// All steps of forward with an epilogue, as `resident` runs them.
+template <class T_>
+struct StatisticsActivate : ChannelStatistics<T_> {
+  using T = T_;
+  using Base = ChannelStatistics<T>;
+  using Coefficients = typename Base::Coefficients;
+  static constexpr bool kEpilogue = true;
+  static constexpr int kMapUnroll = kForwardUnroll<T>;
+
+  ForwardEpilogue<T> epilogue;
+
+  template <class V>
+  __device__ __forceinline__ void complete(int64_t channel, const Moments<V>& total, bool active, bool saves,
+                                           Coefficients* to) const {
+    Base::complete(channel, total, active, saves, to);
+    if (active && saves) epilogue.save(channel, *to);
+  }
+
+  template <class Whole, int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kMapUnroll],
+                                                const Coefficients (&coefficients)[kSets],
+                                                const Slot (&slots)[kMapUnroll], T* output, Reuse reuse) const {
+    epilogue(whole, packs[0], coefficients, slots, output, reuse);
+  }
+};
+
+// From dy to the gradients with respect to u, which are those of residual, and to what x deviates from its mean by.
+template <class T>
+struct BackwardEpilogue {
+  using A = accumulate_t<T>;
+
+  Activation activation;
+  A negative_slope;
+  bool x_is_output;
+  const T* residual;
+  const uint8_t* mask;
+  const A* mean;
+  const A* inv_std;
+  const A* shift;
+  ChannelVector weight;
+
+  // Those of forward, to the bit.
+  __device__ __forceinline__ NormalizeCoefficients<A> coefficients(int64_t channel) const {
+    return {mean[channel], normalize_scale(inv_std[channel], weight.load(channel, 1.0)),
+            shift == nullptr ? A(0) : shift[channel]};
+  }
+
+  // Calls use(i, gradients, deviations) for each slot i of `packs`, dy and x. Gradients are stored to `dresidual`, if
+  // not null. What is read besides dy and x is read again where it is needed twice: of a mask that is little, and a
+  // residual kept on the chip would take from dy and x, whose second reading costs twice as much.
+  template <class Whole, int kVector, int kUnroll, int kSets, class Use>
+  __device__ __forceinline__ void operator()(Whole whole, const Pack<T, kVector> (&packs)[2][kUnroll],
+                                             const NormalizeCoefficients<A> (&coefficients)[kSets],
+                                             const Slot (&slots)[kUnroll], T* dresidual, Use&& use) const {
+    static_assert(kVector == 8);
+    Pack<T, kVector> residuals[kUnroll];
+    unsigned bits[kUnroll];
+    load_if_any(whole, residuals, residual, slots);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      bits[i] = mask != nullptr && slots[i].high > slots[i].low ? mask[slots[i].number] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      A u[kVector], deviations[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const auto& c = coefficients[kSets == 1 ? 0 : e];
+        u[e] = widen(packs[1][i].values[e]);
+        deviations[e] = u[e] - c.mean;
+      }
+      if (x_is_output) {
+        with_activation(activation, [&](auto which) {
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) u[e] = activation_inverse<decltype(which)::value>(u[e], negative_slope);
+        });
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          const auto& c = coefficients[kSets == 1 ? 0 : e];
+          deviations[e] = c.scale == A(0) ? A(0) : (u[e] - c.shift) / c.scale;  // a weight of zero hides x from y
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          u[e] = coefficients[kSets == 1 ? 0 : e](u[e]) + widen(residuals[i].values[e]);
+        }
+      }
+      if (mask != nullptr) {
+        const A otherwise = activation == Activation::leaky_relu ? negative_slope : A(0);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) u[e] = (bits[i] >> e & 1u) != 0 ? A(1) : otherwise;
+      } else {
+        with_activation(activation, [&](auto which) {
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) u[e] = activation_derivative<decltype(which)::value>(u[e], negative_slope);
+        });
+      }
+      A(&gradients)[kVector] = u;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) gradients[e] = widen(packs[0][i].values[e]) * u[e];
+      if (dresidual != nullptr) {
+        Pack<T, kVector> pack;
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) pack.values[e] = narrow<T>(gradients[e]);
+        store(whole, pack, dresidual, slots[i], Reuse::soon);
+      }
+      use(i, gradients, deviations);
+    }
+  }
+};
+
+// Maps dy and x to dx and dresidual, each if not null. `frozen`: with running statistics.
+template <class Whole, class T, int kVector, int kUnroll, int kSets>
+__device__ __forceinline__ void map_gradients(
+    const BackwardEpilogue<T>& epilogue, bool frozen, Whole whole, Pack<T, kVector> (&packs)[2][kUnroll],
+    const ActivatedGradientCoefficients<accumulate_t<T>> (&coefficients)[kSets], const Slot (&slots)[kUnroll], T* dx,
+    T* dresidual, Reuse reuse) {
+  using A = accumulate_t<T>;
+  NormalizeCoefficients<A> normalize[kSets];
+#pragma unroll
+  for (int a = 0; a < kSets; ++a) normalize[a] = coefficients[a].normalize;
+  epilogue(whole, packs, normalize, slots, dresidual,
+           [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
+#pragma unroll
+             for (int e = 0; e < kVector; ++e) {
+               const auto& c = coefficients[kSets == 1 ? 0 : e];
+               packs[0][i].values[e] =
+                   narrow<T>(frozen ? c.input_gradient(gradients[e]) : c.input_gradient(gradients[e], deviations[e]));
+             }
+           });
+  if (dx != nullptr) store(whole, packs[0], dx, slots, reuse);
+}
+
+// The step gradient_sums behind an epilogue, and all steps of backward as `resident` runs them.
+template <class T_>
+struct ActivatedGradientSums {
+  using T = T_;
+  using A = accumulate_t<T>;
+  using Item = GradientPartial<A>;
+  using Coefficients = ActivatedGradientCoefficients<A>;
+  static constexpr bool kEpilogue = true, kEpilogueInSums = true;
+  static constexpr int kInputs = 2;
+  static constexpr int kUnroll = kBackwardUnroll<T>, kMapUnroll = kUnroll;
+  static constexpr Reuse kReuse = Reuse::soon;
+
+  const T* inputs[kInputs];  // dy, x
+  BackwardEpilogue<T> epilogue;
+  GradientSums<T, false> sums;  // whose inputs are not used
+  T* summing_dx;                // of evaluation mode, and dresidual, where no step follows this one: else null
+  T* summing_dresidual;
+  T* dresidual;  // of `resident`
+  Reuse reuse;
+
+  struct Accumulator {
+    NormalizeCoefficients<A> normalize;
+    A sum_dy, sum_dy_xmu;
+  };
+
+  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
+    return {epilogue.coefficients(channel), A(0), A(0)};
+  }
+
+  template <class Whole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&accumulators)[kSums],
+                                             Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
+                                             bool) const {
+    NormalizeCoefficients<A> normalize[kSums];
+#pragma unroll
+    for (int a = 0; a < kSums; ++a) normalize[a] = accumulators[a].normalize;
+    epilogue(whole, packs, normalize, slots, summing_dresidual,
+             [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
+    // An element that is not meant has dy of zero, and adds zero.
+#pragma unroll
+               for (int e = 0; e < kVector; ++e) {
+                 Accumulator& of = accumulators[kSums == 1 ? 0 : e];
+                 of.sum_dy += gradients[e];
+                 of.sum_dy_xmu = multiply_add(gradients[e], deviations[e], of.sum_dy_xmu);
+                 packs[0][i].values[e] = narrow<T>(gradients[e] * of.normalize.scale);
+               }
+             });
+    if (summing_dx != nullptr) store(whole, packs[0], summing_dx, slots, reuse);
+  }
+
+  __device__ __forceinline__ Item item(const Accumulator& accumulator, int64_t, int64_t) const {
+    return {accumulator.sum_dy, accumulator.sum_dy_xmu};
+  }
+
+  template <class V, class At>
+  __device__ __forceinline__ GradientPartial<V> fold(At&& at, int items, int lane, int width) const {
+    return fold_gradient_sums<V>(at, items, lane, width);
+  }
+
+  template <class V>
+  __device__ __forceinline__ void complete(int64_t channel, const GradientPartial<V>& total, bool active, bool saves,
+                                           Coefficients* to) const {
+    InputGradientCoefficients<A> of_channel{};
+    sums.complete(channel, total, active, saves, &of_channel);
+    if (active) *to = {epilogue.coefficients(channel), of_channel.mean_dy, of_channel.x_scale};
+  }
+
+  __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
+    sums.finish(channel, split, total, active);
+  }
+
+  template <class Whole, int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                                const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
+                                                T* dx, Reuse dx_reuse) const {
+    map_gradients(epilogue, false, whole, packs, coefficients, slots, dx, dresidual, dx_reuse);
+  }
+};
+
+// The step input_gradient behind an epilogue; with running statistics, or for dresidual alone, `finalized` is null.
+template <class T_>
+struct ActivatedInputGradient {
+  using T = T_;
+  using A = accumulate_t<T>;
+  using Coefficients = ActivatedGradientCoefficients<A>;
+  static constexpr bool kEpilogue = true;
+  static constexpr int kInputs = 2;
+  static constexpr int kUnroll = kBackwardUnroll<T>;
+
+  const T* inputs[kInputs];  // dy, x
+  T* output;                 // dx
+  Reuse output_reuse;
+  const InputGradientCoefficients<A>* finalized;
+  BackwardEpilogue<T> epilogue;
+  T* dresidual;
+
+  __device__ __forceinline__ Coefficients coefficients(int64_t channel, bool) const {
+    Coefficients of_channel{epilogue.coefficients(channel), A(0), A(0)};
+    if (finalized != nullptr) {
+      of_channel.mean_dy = finalized[channel].mean_dy;
+      of_channel.x_scale = finalized[channel].x_scale;
+    }
+    return of_channel;
+  }
+
+  template <class Whole, int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                                const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
+                                                T* dx, Reuse dx_reuse) const {
+    map_gradients(epilogue, finalized == nullptr, whole, packs, coefficients, slots, dx, dresidual, dx_reuse);
+  }
+};
+
+}  // namespace batchnorm_ext::cuda
