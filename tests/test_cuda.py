@@ -34,6 +34,17 @@ SHAPES = {
     "many-tiny-channels": (2, 70000, 1, 3),
     "million-rows": (880801, 1, 1, 1),
 }
+# What holds a channel of each on an H200, contiguous: one block, a cluster, groups across the grid, once and in turn,
+# or none. Elsewhere others may; the results are the same.
+HELD_BY = {
+    "block": (8, 32, 9, 9),
+    "cluster": (32, 64, 56, 56),
+    "grid": (32, 3, 224, 224),
+    "grid-in-turn": (64, 64, 112, 112),
+    "grid-odd": (33, 5, 201, 203),
+    "streaming": (9, 1, 4096, 2048),
+}
+BY_HOLDER = pytest.mark.parametrize("shape", **every(HELD_BY))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -90,26 +101,57 @@ def test_parity_with_torch_whatever_cudnn_does(dtypes, layout, cudnn):
     torch.testing.assert_close(results[0], results[1], rtol=4 * unit, atol=300 * unit)
 
 
+@TWO_LAYOUTS
+@pytest.mark.parametrize("dtypes", **every(DTYPE_PAIRS))
+@BY_HOLDER
+def test_whatever_holds_a_channel(shape, dtypes, layout):
+    """The same results as in float64, and to the bit those of the same call repeated."""
+    test_large_shapes_against_float64_on_the_device(shape, dtypes, layout, training=True)
+    args = arguments(shape, *dtypes, device="cuda", layout=layout)
+    runs = [training_call(args, layout) for _ in range(4)]
+    for again in runs[1:]:
+        assert_all_bitwise(again, runs[0])
+
+
+def training_call(args, layout, training=True):
+    """Everything a training step computes, from fresh buffers."""
+    trial = args.clone()
+    trial.x = layout(args.x.detach()).requires_grad_()
+    y = call(trial, training=training)
+    gradients = torch.autograd.grad(y, differentiable(trial), args.dy)
+    return (y, *gradients, trial.running_mean, trial.running_var)
+
+
+def assert_all_bitwise(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert_bitwise(one, other)
+
+
+@BY_HOLDER
+def test_launches_of_a_call(shape):
+    """One each way where channels are held on the chip, however many blocks it takes; three where they are not."""
+    module = batchnorm_ext.BatchNorm2d(shape[1], device="cuda", dtype=torch.float32)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+    torch.autograd.grad(module(x), [x, *module.parameters()], dy)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(module(x), [x, *module.parameters()], dy)
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
+    resident = [name for name in names if "resident" in name]
+    assert len(names) == (2 if resident else 6), names
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert bool(resident) == (shape != HELD_BY["streaming"]), names
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", **every(LAYOUTS))
 def test_repeatable_to_the_bit(layout, training):
     args = arguments((16, 96, 28, 28), device="cuda", layout=layout)
-    runs = []
-    for _ in range(5):
-        trial = args.clone()
-        trial.x = layout(args.x.detach()).requires_grad_()
-        y = call(trial, training=training)
-        runs.append(
-            (
-                y,
-                *torch.autograd.grad(y, differentiable(trial), args.dy),
-                trial.running_mean,
-                trial.running_var,
-            )
-        )
+    runs = [training_call(args, layout, training) for _ in range(5)]
     for again in runs[1:]:
-        for first, second in zip(runs[0], again, strict=True):
-            assert_bitwise(second, first)
+        assert_all_bitwise(again, runs[0])
 
 
 TRAINING_STEP = """
@@ -179,11 +221,12 @@ def test_one_kernel_launch_serves_the_batch_counter_too(momentum):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @TWO_LAYOUTS
-def test_graph_capture_and_replay(layout, momentum):
+@BY_HOLDER
+def test_graph_capture_and_replay(shape, layout, momentum):
     """Captured once, replayed on new data: each replay is a training step with its own statistics and gradients."""
-    module = batchnorm_ext.BatchNorm2d(6, momentum=momentum, device="cuda")
-    eager = batchnorm_ext.BatchNorm2d(6, momentum=momentum, device="cuda")
-    x = layout(torch.randn(4, 6, 9, 9, device="cuda")).requires_grad_()
+    module = batchnorm_ext.BatchNorm2d(shape[1], momentum=momentum, device="cuda")
+    eager = batchnorm_ext.BatchNorm2d(shape[1], momentum=momentum, device="cuda")
+    x = layout(torch.randn(shape, device="cuda")).requires_grad_()
     dy = torch.randn_like(x)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -225,42 +268,45 @@ def test_make_graphed_callables():
 
 
 @TWO_LAYOUTS
-def test_side_streams(layout):
+@BY_HOLDER
+def test_side_streams(shape, layout):
     """Work goes to the current stream: two streams run interleaved chains without touching each other's memory."""
-    data = [arguments((8, 64, 28, 28), device="cuda", layout=layout) for _ in range(2)]
-    expected = []
-    for args in data:
-        trial = args.clone()
-        y = call(trial, training=True)
-        expected.append(
-            (
-                y,
-                *torch.autograd.grad(y, differentiable(trial), args.dy),
-                trial.running_mean,
-                trial.running_var,
-            )
-        )
-    torch.cuda.synchronize()
+    data = [arguments(shape, device="cuda", layout=layout) for _ in range(2)]
+    expected = [training_call(args, layout) for args in data]
     streams = [torch.cuda.Stream() for _ in data]
-    for _ in range(10):
-        trials = [args.clone() for args in data]
+    for _ in range(5):
         torch.cuda.synchronize()
         outputs = []
-        for args, trial, stream in zip(data, trials, streams, strict=True):
+        for args, stream in zip(data, streams, strict=True):
             with torch.cuda.stream(stream):
-                y = call(trial, training=True)
-                outputs.append(
-                    (
-                        y,
-                        *torch.autograd.grad(y, differentiable(trial), args.dy),
-                        trial.running_mean,
-                        trial.running_var,
-                    )
-                )
+                outputs.append(training_call(args, layout))
         torch.cuda.synchronize()
         for got, want in zip(outputs, expected, strict=True):
-            for actual, exact_value in zip(got, want, strict=True):
-                assert_bitwise(actual, exact_value)
+            assert_all_bitwise(got, want)
+
+
+@BY_HOLDER
+def test_graphs_on_several_streams(shape):
+    """Graphs captured on one stream, replayed at once on others: what their blocks meet by is each launch's own."""
+    data = [arguments(shape, device="cuda") for _ in range(2)]
+    expected = [training_call(args, contiguous) for args in data]
+    captures = []
+    for args in data:
+        graph = torch.cuda.CUDAGraph()
+        trial = args.clone()
+        with torch.cuda.graph(graph):
+            y = call(trial, training=True)
+            captured = (y, *torch.autograd.grad(y, differentiable(trial), args.dy))
+        captures.append((graph, captured))
+    streams = [torch.cuda.Stream() for _ in data]
+    for _ in range(5):
+        torch.cuda.synchronize()
+        for (graph, _), stream in zip(captures, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for (_, got), want in zip(captures, expected, strict=True):
+            assert_all_bitwise(got, want[: len(got)])
 
 
 def test_output_is_ordered_after_work_on_the_stream():
