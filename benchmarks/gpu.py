@@ -174,6 +174,7 @@ def _checking_stages(out: Path) -> list[Stage]:
     exercise = [python, "-m", "benchmarks.gpu", "--exercise"]
     benchmark = ["--device", "cuda", "--no-plots", "--output", str(out), "--time-budget", SECONDS]
     benchmark = [python, "-m", "benchmarks", *benchmark]
+    limits = [python, "-m", "benchmarks.device_limits", str(out / "device_limits.json")]
     layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
     layers += ["--dtype", "bfloat16", "float32"]
     # Each test's name before it runs, and where a test hangs: a log that ends early says why.
@@ -182,6 +183,7 @@ def _checking_stages(out: Path) -> list[Stage]:
     system = [f"tests/{name}" for name in SYSTEM_TESTS]
     stages = [
         Stage("exercise", exercise, share=6),
+        Stage("device limits", limits, share=5, decides=False),
         Stage("layers", [*benchmark[:3], *layers, *benchmark[3:]], share=26, decides=False),
         Stage("tests", [*pytest, "tests", *(f"--ignore={name}" for name in system)], share=18),
         Stage("system tests", [*pytest, *system], share=12),
@@ -221,6 +223,7 @@ def exercise_cases() -> list[Case]:
         "one channel": (2, 1, 64, 64),
         "many channels": (3, 300, 4, 4),
         "several blocks": (16, 8, 56, 56),
+        "the whole device": (64, 1, 128, 128),
         "volume": (2, 16, 4, 6, 6),
         "signal": (4, 20, 50),
         "vector": (64, 64),

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from benchmarks import commands, demo, gpu, shapes  # noqa: E402
+from batchnorm_ext._build import Toolkit  # noqa: E402
+from benchmarks import commands, demo, device_limits, gpu, shapes  # noqa: E402
 from benchmarks.accuracy import measure_accuracy  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     KERNEL_OPS,
@@ -873,7 +874,8 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
         assert int(one.environment["MAX_JOBS"]) >= 1
     stages = gpu._checking_stages(tmp_path)
     measuring = {one.name: one for one in stages if not one.decides}
-    assert list(measuring) == ["layers", "benchmark"]
+    assert list(measuring) == ["device limits", "layers", "benchmark"]
+    assert measuring.pop("device limits").command[1:3] == ["-m", "benchmarks.device_limits"]
     for one in measuring.values():
         commands.parser().parse_args([word.replace(gpu.SECONDS, "9") for word in one.command[3:]])
     checking = [one for one in stages if one.decides]
@@ -883,6 +885,30 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
     absent = [one for one in gpu._checking_stages(tmp_path) if one.name in gpu.SANITIZERS]
     assert all(one.command == [] and "not found" in one.note for one in absent)
+
+
+def test_device_limits_are_measured_and_kept_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "limits.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_limits.main([str(out)]) == device_limits.EXIT_NO_GPU
+    assert not out.exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(device_limits, "describe_machine", lambda *_: {"device": "Some GPU"})
+    monkeypatch.setattr(device_limits, "measure_peers", lambda: [{"us": 1.0}])
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    monkeypatch.setattr(device_limits, "find_toolkit", lambda: Toolkit(tmp_path, (13, 0)))
+    compiled = "#!/bin/sh\\necho {}"
+    for body, code in (("exit 1", 1), (f"printf '{compiled}' >$7; chmod +x $7", 0)):
+        compiler.write_text(f"#!/bin/sh\n{body}\n")
+        compiler.chmod(0o755)
+        assert device_limits.main([str(out)]) == code
+        found = json.loads(out.read_text())
+        assert found["peers"] == [{"us": 1.0}]
+        assert ("failed" in found["device"]) is bool(code)
 
 
 @pytest.mark.parametrize("case", gpu.exercise_cases()[::9], ids=str)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+MEASURING = CSRC.parent / "benchmarks" / "device_limits.cu"
 ARCHITECTURES = ("75", "80", "89", "90", "100", "120")
 HOT = ("reduce", "pointwise", "resident")
 WIDTH = 100
@@ -89,7 +90,7 @@ def main() -> int:
         return 2
 
     architectures = options.architectures.split(",")
-    sources = sorted(CSRC.glob("cuda/**/*.cu"))
+    sources = [*sorted(CSRC.glob("cuda/**/*.cu")), MEASURING]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         jobs = {
             (source, architecture): pool.submit(
