@@ -244,6 +244,7 @@ void resident_groups() {
       {"H200", {32, 64, 56 * 56}, bf16, true, cluster, 4, 4, "56x56 at batch 32"},
       {"H200", {256, 256, 28 * 28}, bf16, true, cluster, 8, 8, "28x28 at batch 256: the largest cluster"},
       {"H200", {256, 64, 112 * 112}, bf16, true, grid, 120, 132, "112x112 at batch 256: two groups"},
+      {"H200", {256, 64, 112 * 112}, f32, true, grid, 220, 264, "the same in 32 bits: one group"},
       {"H200", {4, 128, 1024 * 1024}, bf16, true, grid, 150, 264, "a slice of 8 MB, two tensors of it: one group"},
       {"H200", {32 * 56 * 56, 64, 1}, bf16, true, grid, 40, 132, "channels last at batch 32"},
       {"H200", {256 * 112 * 112, 64, 1}, bf16, false, none, 0, 0, "channels last at batch 256 streams"},
