@@ -22,6 +22,7 @@ def accuracy_tasks() -> list[Task]:
         Task(
             f"accuracy, mean/std {offset:g}",
             lambda s, _, offset=offset: measure_accuracy(s, offset),
+            weight=3.0,
         )
         for offset in OFFSETS
     ]

@@ -64,10 +64,10 @@ def default_tasks(options: argparse.Namespace) -> list[Task]:
         shapes = [*with_dtypes(layers, ("float32", "bfloat16")), *spread(cpu_set(), 10)]
     batch, size = (64, 224) if options.device == "cuda" else (2, 160)
     return [
-        *overhead_tasks(),
-        *memory_tasks(options.device),
-        *accuracy_tasks(),
         *layer_tasks(scattered(shapes)),
+        *overhead_tasks(),
+        *accuracy_tasks(),
+        *memory_tasks(options.device),
         *model_tasks(batch, size, "float32", "contiguous"),
     ]
 
@@ -104,7 +104,7 @@ MEASURING: dict[str, tuple[Callable[[argparse.Namespace], list[Task]], float, st
     "default": (default_tasks, 300, "a little of everything, in five minutes"),
     "layers": (layers_tasks, 1500, "layers of networks: forward, backward, eval"),
     "sweep": (sweep_tasks, 300, "N, C and HW, each over three decades"),
-    "overhead": (lambda options: overhead_tasks(), 30, "module calls on tiny tensors"),
+    "overhead": (lambda options: overhead_tasks(), 90, "module calls on tiny tensors"),
     "memory": (lambda options: memory_tasks(options.device), 120, "saved and peak bytes"),
     "accuracy": (lambda options: accuracy_tasks(), 120, "errors against float64"),
     "model": (
@@ -197,10 +197,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    start = time.monotonic()
     torch.set_num_threads(options.threads)
     settle_allocator()
     environment = describe_environment(options.device, options.threads, options.seed)
+    start = time.monotonic()  # the native module is there, if it had to be compiled first
     session = start_session(options, Record(environment))
     path = results_path(environment, options.output or RESULTS)
     before = Record.load(path) if path.exists() else Record(environment)

@@ -39,6 +39,7 @@ def memory_tasks(device: str) -> list[Task]:
         Task(
             f"memory {case} {mode}",
             lambda session, _, case=case, mode=mode: measure_memory(session, case, mode),
+            weight=3.0,  # most of it for torch.compile to compile
         )
         for case, mode in uses
     ]

@@ -54,6 +54,8 @@ STYLE = {
     "svg.hashsalt": "batchnorm_ext",
 }
 BARS_AT_MOST = 12
+SHARE_AT_MOST = 150  # per cent of the floor's bandwidth; what noise put beyond is drawn at the edge
+ON_TOP = 3
 
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
@@ -130,6 +132,7 @@ def time_over_bytes(record: Record) -> Figure | None:
                 label=name,
                 marker="o" if name != FLOOR else "_",
                 linewidths=1,
+                zorder=ON_TOP if name == OURS else None,
             )
         _roofline(record, axis, op)
         axis.set(xscale="log", yscale="log", title=op, xlabel="least bytes moved, MB")
@@ -231,14 +234,16 @@ def bandwidth_share(record: Record) -> Figure | None:
                 continue
             axis.scatter(
                 [row["bytes_min"] / 1e6 for row in rows],
-                [100 * row["floor_us"] / row["median_us"] for row in rows],
+                [min(SHARE_AT_MOST, 100 * row["floor_us"] / row["median_us"]) for row in rows],
                 s=14,
                 alpha=0.75,
                 color=COLOURS[name],
                 label=name,
+                zorder=ON_TOP if name == OURS else None,
+                clip_on=False,
             )
         axis.axhline(100, color=INK, linewidth=1)
-        axis.set(xscale="log", title=op, xlabel="least bytes moved, MB", ylim=(0, None))
+        axis.set(xscale="log", title=op, xlabel="least bytes moved, MB", ylim=(0, SHARE_AT_MOST))
     axes[0][0].set_ylabel("share of the floor's bandwidth, %")
     _legend(figure)
     return figure
@@ -264,7 +269,13 @@ def accuracy_curves(record: Record) -> Figure | None:
             if points:
                 x, y = zip(*points, strict=True)
                 clipped = [max(one, smallest) for one in y]
-                axis.plot(x, clipped, "o-", color=COLOURS[name], markersize=3, label=name)
+                axis.plot(
+                    *(x, clipped, "o-"),
+                    color=COLOURS[name],
+                    markersize=3,
+                    label=name,
+                    zorder=ON_TOP if name == OURS else None,
+                )
         axis.set_xscale("symlog", linthresh=1)
         axis.set(yscale="log", title=quantity, xlabel="mean / std of the data")
     axes[0].set_ylabel("relative error against float64")

@@ -134,7 +134,7 @@ class Session:
                     bar.advance()
                     if save and time.monotonic() - saved > SAVE_EVERY_S:
                         save()
-                        start = saved = time.monotonic()
+                        saved = time.monotonic()
             except KeyboardInterrupt:
                 self.interrupted = True
         self._tell_who_was_passed_over()
