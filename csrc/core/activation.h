@@ -3,15 +3,12 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <type_traits>
 
 #include "core/macros.h"
+#include "core/params.h"
 
 namespace batchnorm_ext {
-
-// y = activation(u), u = batch_norm(x) + residual. All as in torch.nn.functional; elu has alpha = 1.
-enum class Activation : int32_t { identity, relu, leaky_relu, elu, silu, hardswish };
 
 BN_HOST_DEVICE bool less_equal(float a, float b) {
   return a <= b;
@@ -88,8 +85,8 @@ BN_HOST_DEVICE V activation_derivative(V u, V negative_slope) {
   }
 }
 
-// u of y = activation(u), for those that have an inverse: identity, elu, and leaky_relu of a positive slope. Where elu has
-// rounded to -1, u is taken for the largest that does so in float, so that gradients stay finite.
+// u of y = activation(u), for those that have an inverse: identity, elu, and leaky_relu of a positive slope. Where elu
+// has rounded to -1, u is taken for the largest that does so in float, so that gradients stay finite.
 template <Activation kActivation, class V>
 BN_HOST_DEVICE V activation_inverse(V y, V negative_slope) {
   if constexpr (kActivation == Activation::leaky_relu) {

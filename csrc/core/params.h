@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "core/activation.h"
 #include "core/dtype.h"
+#include "core/macros.h"
 
 namespace batchnorm_ext {
 
@@ -78,6 +78,9 @@ struct RunningStatistics {
   bool cumulative = false;                 // momentum is 1 / num_batches_tracked after the increment
   bool skip_nonfinite = false;             // a channel with a non-finite batch mean or variance keeps its old values
 };
+
+// All as in torch.nn.functional; elu has alpha = 1. core/activation.h computes them.
+enum class Activation : int32_t { identity, relu, leaky_relu, elu, silu, hardswish };
 
 // What follows the normalisation of an element: y = activation(u), u = batch_norm(x) + residual.
 struct Epilogue {

@@ -16,6 +16,42 @@ BN_HOST_DEVICE F64 multiply_add(F64 a, F64 b, F64 c) {
   return F64(_mm512_fmadd_pd(a.v, b.v, c.v));
 }
 
+template <class A>
+struct Flags;
+template <>
+struct Flags<float> {
+  __mmask16 v;
+};
+template <>
+struct Flags<double> {
+  __mmask8 v;
+};
+
+BN_HOST_DEVICE Flags<float> less_equal(F32 a, F32 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)};
+}
+BN_HOST_DEVICE Flags<double> less_equal(F64 a, F64 b) {
+  return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ)};
+}
+BN_HOST_DEVICE F32 select(Flags<float> flags, F32 yes, F32 no) {
+  return F32(_mm512_mask_blend_ps(flags.v, no.v, yes.v));
+}
+BN_HOST_DEVICE F64 select(Flags<double> flags, F64 yes, F64 no) {
+  return F64(_mm512_mask_blend_pd(flags.v, no.v, yes.v));
+}
+BN_HOST_DEVICE uint32_t to_bits(Flags<float> flags) {
+  return flags.v;
+}
+BN_HOST_DEVICE uint32_t to_bits(Flags<double> flags) {
+  return flags.v;
+}
+BN_HOST_DEVICE void from_bits(uint32_t bits, Flags<float>& flags) {
+  flags.v = static_cast<__mmask16>(bits);
+}
+BN_HOST_DEVICE void from_bits(uint32_t bits, Flags<double>& flags) {
+  flags.v = static_cast<__mmask8>(bits);
+}
+
 // GCC 12 warns of the undefined lanes in the unmasked forms of these conversions.
 constexpr __mmask16 all_lanes = 0xffff;
 

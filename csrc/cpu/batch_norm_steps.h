@@ -4,70 +4,11 @@
 #include "cpu/blocking.h"
 #include "cpu/elementwise.h"
 #include "cpu/kernel_table.h"
+#include "cpu/operations.h"
 #include "cpu/simd.h"
 #include "cpu/sums.h"
 
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
-
-// ---- What the steps compute for one vector of samples ----
-
-// sum(x - center) and sum((x - center)^2)
-struct Statistics {
-  static constexpr int inputs = 1;
-
-  template <class V>
-  BN_HOST_DEVICE static void add(V x, V, V center, V& s, V& q) {
-    const V deviation = x - center;
-    s += deviation;
-    q = multiply_add(deviation, deviation, q);
-  }
-  template <class V>
-  BN_HOST_DEVICE static V neutral(V center) {
-    return center;
-  }
-};
-
-// sum(dy) and sum(dy * (x - center))
-struct GradientSums {
-  static constexpr int inputs = 2;
-
-  template <class V>
-  BN_HOST_DEVICE static void add(V dy, V x, V center, V& s, V& q) {
-    s += dy;
-    q = multiply_add(dy, x - center, q);
-  }
-  template <class V>
-  BN_HOST_DEVICE static V neutral(V center) {
-    return center - center;
-  }
-};
-
-struct Normalize {
-  static constexpr int inputs = 1, coefficients = 3;
-
-  template <class V>
-  BN_HOST_DEVICE static V apply(const V* k, V x, V) {
-    return NormalizeCoefficients<V>{k[0], k[1], k[2]}(x);
-  }
-};
-
-struct InputGradient {
-  static constexpr int inputs = 2, coefficients = 4;
-
-  template <class V>
-  BN_HOST_DEVICE static V apply(const V* k, V dy, V x) {
-    return InputGradientCoefficients<V>{k[0], k[1], k[2], k[3]}(dy, x);
-  }
-};
-
-struct ScaledGradient {  // with running statistics
-  static constexpr int inputs = 1, coefficients = 1;
-
-  template <class V>
-  BN_HOST_DEVICE static V apply(const V* k, V dy, V) {
-    return InputGradientCoefficients<V>{k[0], k[0], k[0], k[0]}(dy);
-  }
-};
 
 // ---- Memory of one call ----
 
@@ -204,10 +145,10 @@ inline void run_steps(const Shape& shape, const Blocking& blocking, const Thread
     });
     return;
   }
-  const auto own_samples = [&](int64_t task) { return split(shape.samples(), blocking.unit, blocking.tasks, task); };
   if (sums_first) {
     parallel(threads, blocking.tasks, [&](int64_t task) {
-      for_each_block(all_channels, blocking.block_channels, [&](Range block) { sums(block, own_samples(task), task); });
+      for_each_block(all_channels, blocking.block_channels,
+                     [&](Range block) { sums(block, own_samples(shape, blocking, task), task); });
     });
   }
   constexpr int64_t merges_per_task = 4096;
@@ -215,7 +156,8 @@ inline void run_steps(const Shape& shape, const Blocking& blocking, const Thread
       max(1, min(blocking.tasks, shape.channels * (sums_first ? blocking.tasks : 1) / merges_per_task));
   parallel(threads, merge_tasks, [&](int64_t task) { finalize(split(shape.channels, cache_line, merge_tasks, task)); });
   parallel(threads, blocking.tasks, [&](int64_t task) {
-    for_each_block(all_channels, blocking.block_channels, [&](Range block) { map(block, own_samples(task)); });
+    for_each_block(all_channels, blocking.block_channels,
+                   [&](Range block) { map(block, own_samples(shape, blocking, task)); });
   });
 }
 
@@ -228,12 +170,11 @@ inline bool all_finite(const double* values, int64_t count) {
   return others == 0;
 }
 
-// action(offset) for each sample of one channel. For the rare channels whose sums overflowed.
+// action(outer, inner) for each sample of one channel. For the rare channels whose sums overflowed.
 template <class Action>
-inline void for_each_sample(const Shape& shape, int64_t channel, Range samples, const Action& action) {
+inline void for_each_sample(const Shape& shape, Range samples, const Action& action) {
   for (int64_t sample = samples.begin; sample < samples.end; ++sample) {
-    const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
-    action((outer * shape.channels + channel) * shape.inner + inner);
+    action(sample / shape.inner, sample % shape.inner);
   }
 }
 
@@ -278,22 +219,23 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
     center[c] = median(widen(early[at]), widen(middle[at]), widen(late[at]));
   }
 
-  const Inputs<E> in{x, x};
+  const Coefficients<A> centers{{center}};
   double* const mean = moments.first + channels.begin;
   double* const m2 = moments.second + channels.begin;
   int64_t merged = 0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
     const int64_t count = end - begin;
-    sum_slab<Statistics>(shape, blocking, in, channels, {begin, end}, center, [&](const A* s, const A* q) {
-      const A* const centers = center + channels.begin;
-      for (int64_t i = 0; i < channels.size(); ++i) {
-        const Moments<double> before{mean[i], m2[i], merged};
-        const Moments<double> after = merge(before, moments_from_sums<double>(centers[i], s[i], q[i], count));
-        mean[i] = after.mean;
-        m2[i] = after.m2;
-      }
-    });
+    sum_slab(Statistics{}, shape, blocking, Inputs<E, 1>{{x}}, nullptr, channels, {begin, end}, centers,
+             [&](const A* s, const A* q) {
+               const A* const pivot = center + channels.begin;
+               for (int64_t i = 0; i < channels.size(); ++i) {
+                 const Moments<double> before{mean[i], m2[i], merged};
+                 const Moments<double> after = merge(before, moments_from_sums<double>(pivot[i], s[i], q[i], count));
+                 mean[i] = after.mean;
+                 m2[i] = after.m2;
+               }
+             });
     merged += count;
     begin = end;
     if (begin < samples.end) set_centers<E>(mean, channels.size(), center + channels.begin);
@@ -303,10 +245,13 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     if (all_finite(&moments.second[c], 1)) continue;
     double sum = 0.0, squares = 0.0;
-    for_each_sample(shape, c, samples, [&](int64_t at) { sum += static_cast<double>(widen(x[at])); });
+    const auto value_at = [&](int64_t outer, int64_t inner) {
+      return static_cast<double>(widen(x[(outer * shape.channels + c) * shape.inner + inner]));
+    };
+    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) { sum += value_at(outer, inner); });
     const double exact_mean = sum / static_cast<double>(merged);
-    for_each_sample(shape, c, samples, [&](int64_t at) {
-      const double deviation = static_cast<double>(widen(x[at])) - exact_mean;
+    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
+      const double deviation = value_at(outer, inner) - exact_mean;
       squares += deviation * deviation;
     });
     moments.first[c] = exact_mean;
@@ -314,14 +259,16 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
   }
 }
 
-// after_slab(samples) is called while the slab is still in the cache.
-template <class E, class A, class AfterSlab>
-inline void gradient_sums(const Shape& shape, const Blocking& blocking, Inputs<E> in, Range channels, Range samples,
-                          const A* mean, PartialSums sums, const AfterSlab& after_slab) {
+// after_slab(samples) is called while the slab is still in the cache. k[0] is the center.
+template <class Gradient, class E, class A, class AfterSlab>
+inline void gradient_sums(const Gradient& gradient, const Shape& shape, const Blocking& blocking,
+                          Inputs<E, Gradient::inputs> in, const uint8_t* mask, Range channels, Range samples,
+                          const Coefficients<A>& coefficients, PartialSums sums, const AfterSlab& after_slab) {
+  const GradientSums<Gradient> operation{gradient};
   for (int64_t c = channels.begin; c < channels.end; ++c) sums.first[c] = sums.second[c] = 0.0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
-    sum_slab<GradientSums>(shape, blocking, in, channels, {begin, end}, mean, [&](const A* s, const A* q) {
+    sum_slab(operation, shape, blocking, in, mask, channels, {begin, end}, coefficients, [&](const A* s, const A* q) {
       for (int64_t i = 0; i < channels.size(); ++i) {
         sums.first[channels.begin + i] += static_cast<double>(s[i]);
         sums.second[channels.begin + i] += static_cast<double>(q[i]);
@@ -336,30 +283,75 @@ inline void gradient_sums(const Shape& shape, const Blocking& blocking, Inputs<E
   if (first_finite && second_finite) return;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     if (are_finite(sums.first[c], sums.second[c])) continue;
-    double sum_dy = 0.0, sum_dy_x = 0.0;
-    for_each_sample(shape, c, samples, [&](int64_t at) {
-      const double dy = static_cast<double>(widen(in.first[at]));
-      sum_dy += dy;
-      sum_dy_x += dy * (static_cast<double>(widen(in.second[at])) - static_cast<double>(mean[c]));
+    Vec<A> k[Gradient::coefficients];
+    for (int n = 0; n < Gradient::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][c]);
+    double sum_g = 0.0, sum_g_deviation = 0.0;
+    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
+      Vec<A> v[Gradient::inputs], g, value;
+      in.load_vectors((outer * shape.channels + c) * shape.inner + inner, 1, Vec<A>(A(0)), v);
+      Flags<A> is_blocked{};
+      if constexpr (Gradient::mask == MaskUse::read) {
+        const MaskBit bit = mask_bit(shape, blocking, outer, c, inner);
+        from_bits(mask[bit.byte] >> bit.shift & 1 ? 0u : 1u, is_blocked);
+      }
+      gradient.gradient(k, v, is_blocked, g, value);
+      const double first = static_cast<double>(g.v[0]);
+      sum_g += first;
+      sum_g_deviation += first * (static_cast<double>(value.v[0]) - static_cast<double>(coefficients.of[0][c]));
     });
-    sums.first[c] = sum_dy;
-    sums.second[c] = sum_dy_x;
+    sums.first[c] = sum_g;
+    sums.second[c] = sum_g_deviation;
   }
 }
 
 // ---- The two calls ----
+
+// Where backward's gradient before the epilogue comes from: see operations.h.
+enum class GradientSource { plain, mask, relu, any };
+
+inline GradientSource gradient_source(const BackwardParams& params) {
+  const Epilogue& epilogue = params.epilogue;
+  if (params.mask != nullptr) return GradientSource::mask;
+  if (params.x_is_output) return GradientSource::any;
+  if (epilogue.activation == Activation::identity && params.dresidual == nullptr) return GradientSource::plain;
+  const bool one_input = epilogue.residual == nullptr && params.dresidual == nullptr;
+  return epilogue.activation == Activation::relu && one_input ? GradientSource::relu : GradientSource::any;
+}
+
+template <class Action>
+inline void with_gradient(GradientSource source, const BackwardParams& params, const Action& action) {
+  const AnyActivation act{params.epilogue.activation, params.epilogue.negative_slope};
+  switch (source) {
+    case GradientSource::plain:
+      return action(PlainGradient{});
+    case GradientSource::mask:
+      return action(MaskedGradient(act.activation == Activation::relu ? 0.0 : act.negative_slope));
+    case GradientSource::relu:
+      return action(ReluGradient{});
+    case GradientSource::any:
+      return action(ActivationGradient(act, params.x_is_output));
+  }
+}
 
 template <class E>
 inline void forward(const ForwardParams& params, const Threads& threads) {
   using A = accumulate_t<E>;
   const Shape shape = params.shape;
   const bool writes = params.y != nullptr;
-  const Traffic traffic{1, params.batch_statistics, params.batch_statistics && writes, writes};
+  Traffic traffic{1, params.batch_statistics, params.batch_statistics && writes, writes};
+  traffic.late_inputs = params.epilogue.residual != nullptr;
+  traffic.in_place = params.y == params.x;
+  traffic.masked = params.mask != nullptr;
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
+  if (params.mask != nullptr) {
+    const int64_t used = used_mask_bytes(shape, blocking);
+    __builtin_memset(params.mask + used, 0, static_cast<size_t>(mask_bytes(shape) - used));
+  }
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (3 + 3 * sets) * static_cast<int64_t>(sizeof(double)));
+  A* k_of[Normalize::coefficients];
   Coefficients<A> coefficients{};
-  for (int k = 0; k < Normalize::coefficients; ++k) coefficients.of[k] = workspace.take<A>(shape.channels);
+  for (int n = 0; n < Normalize::coefficients; ++n) coefficients.of[n] = k_of[n] = workspace.take<A>(shape.channels);
   double* const means = workspace.take<double>(shape.channels * sets);
   double* const m2s = workspace.take<double>(shape.channels * sets);
   A* const centers = workspace.take<A>(shape.channels * sets);
@@ -378,11 +370,11 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       ChannelValues mean, variance, inv_std, weight, bias;
       if (params.batch_statistics) {
         ChannelValues m2;
-        int64_t merged = sets == 1 ? shape.samples() : split(shape.samples(), blocking.unit, sets, 0).size();
+        int64_t merged = sets == 1 ? shape.samples() : own_samples(shape, blocking, 0).size();
         for (int64_t i = 0; i < size; ++i) mean[i] = means[begin + i], m2[i] = m2s[begin + i];
         for (int64_t set = 1; set < sets; ++set) {
           const PartialSums partial = moments_of(set);
-          const int64_t count = split(shape.samples(), blocking.unit, sets, set).size();
+          const int64_t count = own_samples(shape, blocking, set).size();
           for (int64_t i = 0; i < size; ++i) {
             const Moments<double> both = merge(Moments<double>{mean[i], m2[i], merged},
                                                {partial.first[begin + i], partial.second[begin + i], count});
@@ -409,15 +401,38 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       write({params.inv_std, DTypeOf<A>::value}, channels, inv_std);
       for (int64_t i = 0; i < size; ++i) {
         const NormalizeCoefficients<A> k = normalize_coefficients<A>(mean[i], inv_std[i], weight[i], bias[i]);
-        coefficients.of[0][begin + i] = k.mean;
-        coefficients.of[1][begin + i] = k.scale;
-        coefficients.of[2][begin + i] = k.shift;
+        k_of[0][begin + i] = k.mean;
+        k_of[1][begin + i] = k.scale;
+        k_of[2][begin + i] = k.shift;
+      }
+      if (A* const shift = static_cast<A*>(params.shift)) {
+        for (int64_t i = 0; i < size; ++i) shift[begin + i] = k_of[2][begin + i];
       }
     });
   };
   const auto normalize = [&](Range channels, Range samples) {
     if (y == nullptr) return;
-    map_samples<Normalize>(shape, blocking, Inputs<E>{x, x}, y, channels, samples, coefficients);
+    const auto map = [&](const auto& operation) {
+      using Operation = std::decay_t<decltype(operation)>;
+      Inputs<E, Operation::inputs> in{{x}};
+      if constexpr (Operation::inputs == 2) in.of[1] = static_cast<const E*>(params.epilogue.residual);
+      map_samples(operation, shape, blocking, in, Outputs<E, 1>{{y}}, params.mask, channels, samples, coefficients);
+    };
+    const auto map_activation = [&](const auto& act) {
+      using Act = std::decay_t<decltype(act)>;
+      if (params.epilogue.residual != nullptr) {
+        map(NormalizeActivate<Act, true>(act));
+      } else {
+        map(NormalizeActivate<Act, false>(act));
+      }
+    };
+    if (params.epilogue.empty()) {
+      map(Normalize{});
+    } else if (params.epilogue.activation == Activation::relu) {
+      map_activation(Relu{});
+    } else {
+      map_activation(AnyActivation{params.epilogue.activation, params.epilogue.negative_slope});
+    }
   };
   run_steps(shape, blocking, threads, params.batch_statistics, statistics, finalize_statistics, normalize);
 }
@@ -430,33 +445,68 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   // Where only sum_dy is wanted there may be no x: dy stands in, and the other sum is not used.
   const E* const x = params.x != nullptr ? static_cast<const E*>(params.x) : dy;
   E* const dx = static_cast<E*>(params.dx);
+  E* const dresidual = static_cast<E*>(params.dresidual);
   const A* const mean = static_cast<const A*>(params.mean);
   const A* const inv_std = static_cast<const A*>(params.inv_std);
-  const bool wants_dx = dx != nullptr, training = params.batch_statistics, joined = params.joined.count != nullptr;
-  const bool wants_sums =
-      params.dweight.data != nullptr || params.dbias.data != nullptr || (training && wants_dx && !joined);
-  if (!wants_sums && !wants_dx) return;
-  const bool fused = !training && wants_sums && wants_dx;  // dx does not wait for the sums
+  const bool training = params.batch_statistics && dx != nullptr;  // dx waits for the sums
+  const bool writes = dx != nullptr || dresidual != nullptr, joined = params.joined.count != nullptr;
+  const bool wants_sums = params.dweight.data != nullptr || params.dbias.data != nullptr || (training && !joined);
+  if (!wants_sums && !writes) return;
+  const bool fused = !training && wants_sums && writes;
+  const GradientSource source = gradient_source(params);
+  const bool reads_x = source == GradientSource::relu || source == GradientSource::any;
 
-  const Traffic traffic{(wants_sums || joined) && x != dy ? 2 : 1, wants_sums,
-                        wants_sums && training && wants_dx && !joined, wants_dx};
+  Traffic traffic{(wants_sums || training || reads_x) && x != dy ? 2 : 1, wants_sums, wants_sums && training && !joined,
+                  (dx != nullptr ? 1 : 0) + (dresidual != nullptr ? 1 : 0)};
+  if (source == GradientSource::any && params.epilogue.residual != nullptr) ++traffic.inputs;
+  traffic.masked = source == GradientSource::mask;
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   Workspace workspace(shape.channels * (4 + 2 * sets) * static_cast<int64_t>(sizeof(double)));
-  Coefficients<A> coefficients{};
-  for (int k = 0; k < InputGradient::coefficients; ++k) coefficients.of[k] = workspace.take<A>(shape.channels);
+  A* const dy_scale = workspace.take<A>(shape.channels);
+  A* const mean_dy = workspace.take<A>(shape.channels);
+  A* const x_scale = workspace.take<A>(shape.channels);
+  A* const scale = workspace.take<A>(shape.channels);
   double* const sum_dys = workspace.take<double>(shape.channels * sets);
   double* const sum_dy_xs = workspace.take<double>(shape.channels * sets);
 
-  const auto input_gradient = [&](Range channels, Range samples) {
-    if (!wants_dx) return;
-    if (training) {
-      map_samples<InputGradient>(shape, blocking, Inputs<E>{dy, x}, dx, channels, samples, coefficients);
-    } else {
-      // One coefficient, which the operation expects first.
-      map_samples<ScaledGradient>(shape, blocking, Inputs<E>{dy, dy}, dx, channels, samples,
-                                  Coefficients<A>{{coefficients.of[1]}});
-    }
+  // What computes u, and at first the center.
+  const A* const shift = static_cast<const A*>(params.shift);
+  const A* const center = params.x_is_output ? shift : mean;
+  if (reads_x) {
+    for_each_block({0, shape.channels}, channels_at_once, [&](Range channels) {
+      ChannelValues weight;
+      read(params.weight, channels, 1.0, weight);
+      for (int64_t i = 0; i < channels.size(); ++i) {
+        scale[channels.begin + i] = normalize_scale(inv_std[channels.begin + i], weight[i]);
+      }
+    });
+  }
+  const auto inputs_of = [&](const auto& operation) {
+    constexpr int inputs = std::decay_t<decltype(operation)>::inputs;
+    Inputs<E, inputs> in{{dy}};
+    if constexpr (inputs > 1) in.of[1] = x;
+    if constexpr (inputs > 2) in.of[2] = static_cast<const E*>(params.epilogue.residual);
+    return in;
+  };
+
+  const auto write_gradients = [&](Range channels, Range samples) {
+    if (!writes) return;
+    const auto map = [&](const auto& operation, const Coefficients<A>& coefficients) {
+      constexpr int outputs = std::decay_t<decltype(operation)>::outputs;
+      Outputs<E, outputs> out{{dx}};
+      if constexpr (outputs == 2) out.of[1] = dresidual;
+      map_samples(operation, shape, blocking, inputs_of(operation), out, const_cast<uint8_t*>(params.mask), channels,
+                  samples, coefficients);
+    };
+    with_gradient(source, params, [&](const auto& gradient) {
+      using Gradient = std::decay_t<decltype(gradient)>;
+      if (training) {
+        map(InputGradient<Gradient>{gradient}, Coefficients<A>{{dy_scale, mean_dy, x_scale, center, scale, shift}});
+      } else {
+        map(ScaledGradient<Gradient>{gradient}, Coefficients<A>{{dy_scale, center, scale, shift}});
+      }
+    });
   };
   const int64_t count = joined ? static_cast<int64_t>(*params.joined.count) : shape.samples();
   const auto set_coefficients = [&](Range channels, const double* sum_dy, const double* sum_dy_xhat) {
@@ -466,10 +516,9 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
       const int64_t c = channels.begin + i;
       const InputGradientCoefficients<A> k = input_gradient_coefficients<A>(
           mean[c], inv_std[c], static_cast<A>(weight[i]), sum_dy[i], sum_dy_xhat[i], count);
-      coefficients.of[0][c] = k.mean;
-      coefficients.of[1][c] = k.dy_scale;
-      coefficients.of[2][c] = k.mean_dy;
-      coefficients.of[3][c] = k.x_scale;
+      dy_scale[c] = k.dy_scale;
+      mean_dy[c] = k.mean_dy;
+      x_scale[c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
     }
   };
   const auto set_without_sums = [&](Range all) {
@@ -479,10 +528,13 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   if (fused && blocking.split_samples) set_without_sums({0, shape.channels});  // tasks share all channels
   const auto sums = [&](Range channels, Range samples, int64_t set) {
     if (fused && !blocking.split_samples) set_without_sums(channels);
-    gradient_sums(shape, blocking, Inputs<E>{dy, x}, channels, samples, mean,
-                  PartialSums{sum_dys + set * shape.channels, sum_dy_xs + set * shape.channels}, [&](Range slab) {
-                    if (fused) input_gradient(channels, slab);
-                  });
+    const PartialSums partial{sum_dys + set * shape.channels, sum_dy_xs + set * shape.channels};
+    with_gradient(source, params, [&](const auto& gradient) {
+      gradient_sums(gradient, shape, blocking, inputs_of(gradient), params.mask, channels, samples,
+                    Coefficients<A>{{center, scale, shift}}, partial, [&](Range slab) {
+                      if (fused) write_gradients(channels, slab);
+                    });
+    });
   };
   const auto finalize = [&](Range all) {
     for_each_block(all, channels_at_once, [&](Range channels) {
@@ -499,14 +551,17 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
           for (int64_t i = 0; i < size; ++i) sum_dy[i] += first[i], sum_dy_xhat[i] += second[i];
         }
         for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] *= static_cast<double>(inv_std[begin + i]);
+        if (params.x_is_output) {
+          for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] /= static_cast<double>(scale[begin + i]);
+        }
         write(params.dweight, channels, sum_dy_xhat);
         write(params.dbias, channels, sum_dy);
       }
-      if (wants_dx && !fused) set_coefficients(channels, sum_dy, sum_dy_xhat);
+      if (writes && !fused) set_coefficients(channels, sum_dy, sum_dy_xhat);
     });
   };
   run_steps(shape, blocking, threads, wants_sums, sums, finalize, [&](Range channels, Range samples) {
-    if (!fused) input_gradient(channels, samples);
+    if (!fused) write_gradients(channels, samples);
   });
 }
 

@@ -29,6 +29,27 @@ Range split(int64_t size, int64_t unit, int64_t tasks, int64_t task) {
   return {boundary(task), boundary(task + 1)};
 }
 
+Range own_samples(const Shape& shape, const Blocking& blocking, int64_t task) {
+  const Range share = split(shape.samples(), blocking.unit, blocking.tasks, task);
+  const int64_t last = shape.samples();
+  return {byte_boundary(shape, share.begin), share.end == last ? last : byte_boundary(shape, share.end)};
+}
+
+int64_t used_mask_bytes(const Shape& shape, const Blocking& blocking) {
+  const int64_t row_elements = shape.channels * shape.inner;
+  if (!blocking.columns) return shape.outer * shape.channels * mask_row_bytes(shape.inner);
+  return shape.outer / blocking.repeat * mask_row_bytes(row_elements * blocking.repeat) +
+         mask_row_bytes(shape.outer % blocking.repeat * row_elements);
+}
+
+MaskBit mask_bit(const Shape& shape, const Blocking& blocking, int64_t outer, int64_t channel, int64_t inner) {
+  const int64_t plane = outer * shape.channels + channel;
+  if (!blocking.columns) return {plane * mask_row_bytes(shape.inner) + inner / 8, inner % 8};
+  const int64_t row_elements = shape.channels * shape.inner * blocking.repeat;
+  const int64_t in_row = (plane * shape.inner + inner) % row_elements;
+  return {outer / blocking.repeat * mask_row_bytes(row_elements) + in_row / 8, in_row % 8};
+}
+
 Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic& traffic, int64_t lanes,
                          int64_t threads) {
   Blocking blocking{};
@@ -40,17 +61,20 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
                            : shape.outer >= rows_for_two_vectors ? 2 * lanes
                                                                  : lanes;
   blocking.columns = shape.inner < shortest;
-  blocking.stream = traffic.writes && tensor_bytes * (traffic.inputs + 1) > 2 * shared_cache;
+  const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
+  blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > 2 * shared_cache;
 
   const int64_t widest = blocking.columns ? max_columns / shape.inner
                          : traffic.sums   ? max_block_channels
                                           : shape.channels;
-  const int64_t affordable = std::max<int64_t>(1, tensor_bytes * (traffic.inputs + traffic.writes) / parallel_bytes);
+  const int64_t affordable = std::max<int64_t>(1, tensor_bytes * tensors / parallel_bytes);
   const int64_t tasks = std::min(threads, affordable);
 
   // Tasks that own whole channels read the sums' input again from their cache, if enough contiguous channels fit there.
   // Rows of columns are contiguous only across all channels, and longer runs are wanted to leave that order.
-  const int64_t unit = blocking.columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
+  const bool whole_bytes = row_elements % 8 == 0;  // of each row of the columns view
+  int64_t unit = blocking.columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
+  if (blocking.columns && traffic.masked) unit = ceil_div(unit, 8) * 8;
   const int64_t share = ceil_div(ceil_div(shape.channels, unit), tasks) * unit;  // channels of the largest task
   const bool balanced = share * tasks * 3 <= shape.channels * 4;
   const int64_t fitting = std::max<int64_t>(1, private_cache / channel_bytes);
@@ -60,7 +84,10 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const bool resident = block * channel_bytes * tasks <= shared_cache;
   const bool few_samples = shape.outer < 2 * tasks;  // too few to share evenly
   if (!traffic.sums_first) block = std::min(widest, share);
+  if (blocking.columns && traffic.masked) block = std::max(unit, block - block % unit);
   blocking.split_samples = traffic.sums_first ? !(balanced && long_runs && resident) : !(balanced && few_samples);
+  // Rows with bits left over have theirs seen in one way only, which is that of shared samples.
+  if (blocking.columns && traffic.masked && !whole_bytes) blocking.split_samples = true;
   if (!blocking.split_samples) {
     blocking.repeat = 1;
     blocking.tasks = std::min(tasks, ceil_div(shape.channels, unit));
@@ -72,6 +99,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   // The whole row is walked at once, so a few rows of few channels may be seen as one row of whole vectors.
   blocking.repeat = 1;
   blocking.block_channels = std::min(widest, shape.channels);
+  if (blocking.columns && traffic.masked && widest < shape.channels) blocking.block_channels -= widest % 8;
   if (blocking.columns && blocking.block_channels == shape.channels) {
     const int64_t period = lanes / std::gcd(row_elements, lanes);
     if (period * row_elements <= max_columns / 2) blocking.repeat = period;

@@ -32,6 +32,13 @@ BN_HOST_DEVICE F64 multiply_add(F64 a, F64 b, F64 c) {
   return F64(_mm256_fmadd_pd(a.v, b.v, c.v));
 }
 
+BN_HOST_DEVICE uint32_t to_bits(Flags<float> flags) {
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)flags.v));
+}
+BN_HOST_DEVICE uint32_t to_bits(Flags<double> flags) {
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)flags.v));
+}
+
 BN_HOST_DEVICE F32 load(const float16* p) {
   return F32(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

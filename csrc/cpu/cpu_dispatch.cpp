@@ -97,7 +97,9 @@ void backward(const BackwardParams& params, const Executor& executor) {
     }
     return;
   }
-  advise_huge_pages(params.dx, params.shape.elements() * element_size(params.dtype));
+  const int64_t bytes = params.shape.elements() * element_size(params.dtype);
+  advise_huge_pages(params.dx, bytes);
+  advise_huge_pages(params.dresidual, bytes);
   chosen().kernels->backward(params, threads_of(executor));
 }
 

@@ -1,52 +1,96 @@
 // A function of each element and its channel's coefficients, in the planes and the columns view. The Map operation is:
 //   Map::inputs, Map::coefficients       how many tensors and how many values per channel it reads
-//   Map::apply(k, v0, v1)                the result for one vector; k are the coefficients, one vector each
+//   Map::outputs                         how many tensors it writes; of two, either may be missing
+//   Map::mask, Map::heavy                whether it reads or writes a mask, and whether its code is to stand once in a
+//   loop apply(k, in, is_blocked, out)        the results for one vector; k are the coefficients, one vector each
 #pragma once
 
 #include "cpu/blocking.h"
+#include "cpu/operations.h"
 #include "cpu/simd.h"
 #include "cpu/sums.h"
 
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
 
-constexpr int max_coefficients = 4;
+template <class E, int count>
+struct Outputs {
+  E* of[count];
 
-// coefficient[k][channel]
-template <class A>
-struct Coefficients {
-  A* of[max_coefficients];
+  BN_HOST_DEVICE bool has(int n) const { return count == 1 || of[n] != nullptr; }
+
+  BN_HOST_DEVICE Outputs at(int64_t offset) const {
+    Outputs moved;
+    for (int n = 0; n < count; ++n) moved.of[n] = has(n) ? of[n] + offset : nullptr;
+    return moved;
+  }
+
+  template <class A>
+  BN_HOST_DEVICE void store_vectors(int64_t offset, int64_t some, const Vec<A>* v) const {
+    for (int n = 0; n < count; ++n) {
+      if (!has(n)) continue;
+      if (some == Vec<A>::lanes) {
+        store(of[n] + offset, v[n]);
+      } else {
+        store_first(of[n] + offset, some, v[n]);
+      }
+    }
+  }
 };
 
+// As read_mask. A row's vectors are written from first to last, since several may share a byte.
+template <class Operation, class A>
+BN_HOST_DEVICE void write_mask(uint8_t* row, int64_t at, int64_t some, Flags<A> is_blocked) {
+  if constexpr (Operation::mask == MaskUse::write) {
+    if (row == nullptr) return;
+    uint32_t passing = ~to_bits(is_blocked) & ((1u << some) - 1u);
+    if (Vec<A>::lanes < 8 && (at & 7) != 0) passing = passing << (at & 7) | row[at >> 3];
+    row[at >> 3] = static_cast<uint8_t>(passing);
+    if (Vec<A>::lanes > 8 && some > 8) row[(at >> 3) + 1] = static_cast<uint8_t>(passing >> 8);
+  }
+}
+
+template <class Map, class E, class A>
+BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out,
+                               int64_t offset, uint8_t* mask, int64_t at, int64_t some) {
+  Vec<A> v[Map::inputs], results[Map::outputs];
+  if (some == Vec<A>::lanes) {
+    in.load_vectors(offset + at, v);
+  } else {
+    in.load_vectors(offset + at, some, Vec<A>(A(0)), v);
+  }
+  Flags<A> is_blocked = read_mask<Map>(mask, at, some, v[0]);
+  map.apply(k, v, is_blocked, results);
+  write_mask<Map>(mask, at, some, is_blocked);
+  out.store_vectors(offset + at, some, results);
+}
+
+// One contiguous run of a channel, and its bits of the mask.
 template <class Map, class E, class A = accumulate_t<E>>
-inline void map_run(Inputs<E> in, E* out, int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
+inline void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
+                    int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int unroll = 4;
   Vec<A> k[Map::coefficients];
   for (int n = 0; n < Map::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][channel]);
-  const auto step = [&](int64_t i) {
-    const Vec<A> first = load(in.first + i);
-    Vec<A> second = first;
-    if constexpr (Map::inputs == 2) second = load(in.second + i);
-    store(out + i, Map::apply(k, first, second));
-  };
   int64_t i = 0;
+  if constexpr (Map::heavy) {
+    for (; i < count; i += lanes) map_vector(map, k, in, out, 0, mask, i, min(lanes, count - i));
+    return;
+  }
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
-    for (int u = 0; u < unroll; ++u) step(i + u * lanes);
+    for (int u = 0; u < unroll; ++u) map_vector(map, k, in, out, 0, mask, i + u * lanes, lanes);
   }
-  for (; i + lanes <= count; i += lanes) step(i);
-  if (i < count) {
-    const Vec<A> zero(A(0));
-    const Vec<A> first = load_first(in.first + i, count - i, zero);
-    Vec<A> second = first;
-    if constexpr (Map::inputs == 2) second = load_first(in.second + i, count - i, zero);
-    store_first(out + i, count - i, Map::apply(k, first, second));
-  }
+  for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
+  if (i < count) map_vector(map, k, in, out, 0, mask, i, count - i);
 }
 
-// `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of `in` and `out` are
-// `pitch` elements apart.
+// `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of the tensors are
+// `pitch` elements apart, and of the mask `mask_pitch` bytes. Of a single vector, only the first `some` columns may be
+// there.
 template <class Map, int rows, int wide, class E, class A>
-BN_HOST_DEVICE void map_tile(Inputs<E> in, int64_t pitch, E* out, const Coefficients<A>& coefficients, int64_t column) {
+BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t pitch,
+                             uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
+                             const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> k[wide][Map::coefficients];
   for (int w = 0; w < wide; ++w) {
@@ -54,35 +98,29 @@ BN_HOST_DEVICE void map_tile(Inputs<E> in, int64_t pitch, E* out, const Coeffici
   }
   for (int r = 0; r < rows; ++r) {
     for (int w = 0; w < wide; ++w) {
-      const int64_t at = r * pitch + column + w * lanes;
-      const Vec<A> first = load(in.first + at);
-      Vec<A> second = first;
-      if constexpr (Map::inputs == 2) second = load(in.second + at);
-      store(out + at, Map::apply(k[w], first, second));
+      map_vector(map, k[w], in, out, r * pitch, move_mask<Map>(mask, r * mask_pitch), column + w * lanes,
+                 wide > 1 ? lanes : some);
     }
   }
 }
 
 template <class Map, int rows, class E, class A = accumulate_t<E>>
-inline void map_rows(Inputs<E> in, int64_t pitch, E* out, int64_t columns, const Coefficients<A>& coefficients) {
+inline void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t pitch,
+                     uint8_t* mask, int64_t mask_pitch, int64_t columns, const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  constexpr int wide = 4;
+  constexpr int wide = Map::coefficients > 4 ? 2 : 4;
+  const auto tile = [&](auto vectors, int64_t j, int64_t some) {
+    map_tile<Map, rows, decltype(vectors)::value>(map, in, out, pitch, mask, mask_pitch, j, some, coefficients);
+  };
+  using One = std::integral_constant<int, 1>;
   int64_t j = 0;
-  for (; j + wide * lanes <= columns; j += wide * lanes) {
-    map_tile<Map, rows, wide>(in, pitch, out, coefficients, j);
+  if constexpr (Map::heavy) {
+    for (; j < columns; j += lanes) tile(One{}, j, min(lanes, columns - j));
+    return;
   }
-  for (; j + lanes <= columns; j += lanes) map_tile<Map, rows, 1>(in, pitch, out, coefficients, j);
-  if (j < columns) {
-    const Vec<A> zero(A(0));
-    Vec<A> k[Map::coefficients];
-    for (int n = 0; n < Map::coefficients; ++n) k[n] = load(coefficients.of[n] + j);
-    for (int r = 0; r < rows; ++r) {
-      const Vec<A> first = load_first(in.first + r * pitch + j, columns - j, zero);
-      Vec<A> second = first;
-      if constexpr (Map::inputs == 2) second = load_first(in.second + r * pitch + j, columns - j, zero);
-      store_first(out + r * pitch + j, columns - j, Map::apply(k, first, second));
-    }
-  }
+  for (; j + wide * lanes <= columns; j += wide * lanes) tile(std::integral_constant<int, wide>{}, j, lanes);
+  for (; j + lanes <= columns; j += lanes) tile(One{}, j, lanes);
+  if (j < columns) tile(One{}, j, columns - j);
 }
 
 // Collects results in the first-level cache and writes them past the caches in whole lines. Little is collected at a
@@ -92,8 +130,6 @@ class LineWriter {
  public:
   static constexpr int64_t line = cache_line / static_cast<int64_t>(sizeof(E));
   static constexpr int64_t piece = 16 * line;  // the most elements that may be added at once
-
-  explicit LineWriter(E* out) { start(out); }
 
   void start(E* out) {
     skipped_ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % cache_line / sizeof(E));
@@ -110,6 +146,7 @@ class LineWriter {
   }
 
   void finish() {
+    if (filled_ == skipped_) return;
     copy(out_ + skipped_, lines_ + skipped_, filled_ - skipped_);
     out_ += filled_;
     filled_ = skipped_ = 0;
@@ -132,118 +169,151 @@ class LineWriter {
   }
 
   alignas(cache_line) E lines_[piece + 2 * line];
-  E* out_;           // of lines_[0], the beginning of a line
-  int64_t filled_;   // elements of lines_ in use
-  int64_t skipped_;  // of which the first are not results
+  E* out_ = nullptr;     // of lines_[0], the beginning of a line
+  int64_t filled_ = 0;   // elements of lines_ in use
+  int64_t skipped_ = 0;  // of which the first are not results
+};
+
+// One for each result of a map.
+template <class E, int count>
+class LineWriters {
+ public:
+  static constexpr int64_t piece = LineWriter<E>::piece;
+
+  // What goes to `out` from now on; what came before is written.
+  void start(Outputs<E, count> out) {
+    finish();
+    started_ = out;
+    for (int n = 0; n < count; ++n) {
+      if (out.has(n)) writers_[n].start(out.of[n]);
+    }
+  }
+
+  Outputs<E, count> next() {
+    Outputs<E, count> to;
+    for (int n = 0; n < count; ++n) to.of[n] = started_.has(n) ? writers_[n].next() : nullptr;
+    return to;
+  }
+
+  void add(int64_t elements) {
+    for (int n = 0; n < count; ++n) {
+      if (started_.has(n)) writers_[n].add(elements);
+    }
+  }
+
+  void finish() {
+    for (LineWriter<E>& writer : writers_) writer.finish();
+  }
+
+ private:
+  LineWriter<E> writers_[count];
+  Outputs<E, count> started_{};
 };
 
 // action(chunk) for the chunks of `samples` from last to first: the sums went forwards, so that the end is still in the
 // cache. Within a chunk it goes forwards, since memory is read ahead in that direction only.
 template <class Action>
-inline void for_each_chunk_backwards(Range samples, int64_t sample_bytes, int64_t unit, const Action& action) {
+inline void for_each_chunk_backwards(const Shape& shape, Range samples, int64_t sample_bytes, int64_t unit,
+                                     const Action& action) {
   constexpr int64_t chunk_bytes = 256 << 10;
   const int64_t chunk = max(1, chunk_bytes / (sample_bytes * unit)) * unit;
   const int64_t chunks = (samples.size() + chunk - 1) / chunk;
   for (int64_t n = chunks - 1; n >= 0; --n) {
-    const int64_t begin = samples.begin + n * chunk;
-    action(Range{begin, min(samples.end, begin + chunk)});
+    const auto boundary = [&](int64_t index) {
+      return index == 0 ? samples.begin : byte_boundary(shape, samples.begin + index * chunk);
+    };
+    action(Range{boundary(n), n + 1 == chunks ? samples.end : boundary(n + 1)});
   }
 }
 
 template <class Map, class E, class A>
-inline void map_planes(const Shape& shape, bool stream, Inputs<E> in, E* out, Range channels, Range samples,
+inline void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E, Map::inputs> in,
+                       Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
                        const Coefficients<A>& coefficients) {
   constexpr int64_t longest_whole_plane = 65536;
-  LineWriter<E> writer(out);
+  LineWriters<E, Map::outputs> writers;
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
   const int64_t unit = shape.inner <= longest_whole_plane ? shape.inner : 4096;
-  for_each_chunk_backwards(samples, sample_bytes, unit, [&](Range chunk) {
+  const int64_t mask_row = mask_row_bytes(shape.inner);
+  for_each_chunk_backwards(shape, samples, sample_bytes, unit, [&](Range chunk) {
     for (int64_t sample = chunk.begin; sample < chunk.end;) {
       const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
       const int64_t count = min(shape.inner - inner, chunk.end - sample);
-      const int64_t base = outer * shape.channels * shape.inner + inner;
       sample += count;
       for (int64_t c = channels.begin; c < channels.end; ++c) {
-        const int64_t at = base + c * shape.inner;
+        const int64_t plane = outer * shape.channels + c, at = plane * shape.inner + inner;
+        uint8_t* const bits = move_mask<Map>(mask, plane * mask_row + inner / 8);
         if (!stream) {
-          map_run<Map>(in.at(at), out + at, count, coefficients, c);
+          map_run(map, in.at(at), out.at(at), bits, count, coefficients, c);
           continue;
         }
-        if (c == channels.begin || count < shape.inner) {
-          writer.finish();
-          writer.start(out + at);
-        }
-        for (int64_t i = 0; i < count; i += LineWriter<E>::piece) {
-          const int64_t some = min(count - i, LineWriter<E>::piece);
-          map_run<Map>(in.at(at + i), writer.next(), some, coefficients, c);
-          writer.add(some);
+        if (c == channels.begin || count < shape.inner) writers.start(out.at(at));
+        for (int64_t i = 0; i < count; i += writers.piece) {
+          const int64_t some = min(count - i, writers.piece);
+          map_run(map, in.at(at + i), writers.next(), move_mask<Map>(bits, i / 8), some, coefficients, c);
+          writers.add(some);
         }
       }
     }
   });
-  writer.finish();
+  writers.finish();
 }
 
 template <class Map, class E, class A>
-inline void map_columns(const Shape& shape, int64_t repeat, bool stream, Inputs<E> in, E* out, Range channels,
-                        Range samples, const Coefficients<A>& coefficients) {
-  constexpr int64_t padded = max_columns + Vec<A>::lanes;
-  constexpr int together = 8;
-  alignas(cache_line) A column_values[Map::coefficients][padded];
-  Coefficients<A> per_column;
-  for (int n = 0; n < Map::coefficients; ++n) {
-    per_column.of[n] = column_values[n];
-    spread(shape, repeat, channels, coefficients.of[n], column_values[n]);
-  }
-  const auto columns_from = [&](int64_t column) {
-    Coefficients<A> from;
-    for (int n = 0; n < Map::coefficients; ++n) from.of[n] = column_values[n] + column;
-    return from;
-  };
-
+inline void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool stream, Inputs<E, Map::inputs> in,
+                        Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
+                        const Coefficients<A>& coefficients) {
+  const ColumnCoefficients<Map::coefficients, A> of_columns(shape, repeat, channels, coefficients);
+  const Coefficients<A> per_column = of_columns.from(0);
   const int64_t row_columns = channels.size() * shape.inner;
   const int64_t columns = row_columns * repeat;
-  const int64_t pitch = shape.channels * shape.inner * repeat;
+  const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
-  LineWriter<E> writer(out);
-  for_each_chunk_backwards(samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
+  LineWriters<E, Map::outputs> writers;
+  for_each_chunk_backwards(shape, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
     const int64_t base = (begin * shape.channels + channels.begin) * shape.inner;
     const int64_t whole = rows / repeat, rest = rows % repeat * row_columns;
+    const auto bits_of = [&](int64_t row, int64_t column) {
+      return move_mask<Map>(mask, (begin / repeat + row) * mask_pitch + (channels.begin * shape.inner + column) / 8);
+    };
+    int64_t row = 0;
     if (!stream) {
-      int64_t row = 0;
-      for (; row + together <= whole; row += together) {
-        map_rows<Map, together>(in.at(base + row * pitch), pitch, out + base + row * pitch, columns, per_column);
-      }
-      for (; row < whole; ++row) {
-        map_rows<Map, 1>(in.at(base + row * pitch), pitch, out + base + row * pitch, columns, per_column);
-      }
-      if (rest > 0) map_rows<Map, 1>(in.at(base + row * pitch), pitch, out + base + row * pitch, rest, per_column);
+      constexpr int together = rows_together<Map>;
+      const auto do_rows = [&](auto count, int64_t width) {
+        const int64_t at = base + row * pitch;
+        map_rows<Map, decltype(count)::value>(map, in.at(at), out.at(at), pitch, bits_of(row, 0), mask_pitch, width,
+                                              per_column);
+        row += decltype(count)::value;
+      };
+      using One = std::integral_constant<int, 1>;
+      while (row + together <= whole) do_rows(std::integral_constant<int, together>{}, columns);
+      while (row < whole) do_rows(One{}, columns);
+      if (rest > 0) do_rows(One{}, rest);
       return;
     }
-    for (int64_t row = 0; row < whole + (rest > 0 ? 1 : 0); ++row) {
+    for (; row < whole + (rest > 0 ? 1 : 0); ++row) {
       const int64_t at = base + row * pitch, width = row < whole ? columns : rest;
-      if (row == 0 || columns < pitch) {
-        writer.finish();
-        writer.start(out + at);
-      }
-      for (int64_t j = 0; j < width; j += LineWriter<E>::piece) {
-        const int64_t some = min(width - j, LineWriter<E>::piece);
-        map_rows<Map, 1>(in.at(at + j), pitch, writer.next(), some, columns_from(j));
-        writer.add(some);
+      if (row == 0 || columns < pitch) writers.start(out.at(at));
+      for (int64_t j = 0; j < width; j += writers.piece) {
+        const int64_t some = min(width - j, writers.piece);
+        map_rows<Map, 1>(map, in.at(at + j), writers.next(), pitch, bits_of(row, j), mask_pitch, some,
+                         of_columns.from(j));
+        writers.add(some);
       }
     }
   });
-  writer.finish();
+  writers.finish();
 }
 
 template <class Map, class E, class A>
-inline void map_samples(const Shape& shape, const Blocking& blocking, Inputs<E> in, E* out, Range channels,
-                        Range samples, const Coefficients<A>& coefficients) {
+inline void map_samples(const Map& map, const Shape& shape, const Blocking& blocking, Inputs<E, Map::inputs> in,
+                        Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
+                        const Coefficients<A>& coefficients) {
   if (blocking.columns) {
-    map_columns<Map>(shape, blocking.repeat, blocking.stream, in, out, channels, samples, coefficients);
+    map_columns(map, shape, blocking.repeat, blocking.stream, in, out, mask, channels, samples, coefficients);
   } else {
-    map_planes<Map>(shape, blocking.stream, in, out, channels, samples, coefficients);
+    map_planes(map, shape, blocking.stream, in, out, mask, channels, samples, coefficients);
   }
   if (blocking.stream) finish_streaming();
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
 #include "core/dtype.h"
 #include "core/formulas.h"
 
@@ -17,6 +18,7 @@ struct NativeVector {
 
 template <class A>
 struct Vec {
+  using Element = A;
   static constexpr int lanes = BN_CPU_VECTOR_BYTES / sizeof(A);
   using Native = typename NativeVector<A, lanes>::type;
 
@@ -45,6 +47,10 @@ BN_HOST_DEVICE Vec<A> operator*(Vec<A> a, Vec<A> b) {
   return Vec<A>(a.v * b.v);
 }
 template <class A>
+BN_HOST_DEVICE Vec<A> operator/(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v / b.v);
+}
+template <class A>
 BN_HOST_DEVICE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
   return Vec<A>(a.v * b.v + c.v);
 }
@@ -54,6 +60,69 @@ using F64 = Vec<double>;
 using Int32s = NativeVector<int32_t, F32::lanes>::type;
 using UInt32s = NativeVector<uint32_t, F32::lanes>::type;
 using UInt16s = NativeVector<uint16_t, F32::lanes>::type;
+
+// The integers that a vector's lanes are made of, and what core/activation.h's exponentials need to know of the type.
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Signed = Int32s;
+  using Unsigned = UInt32s;
+  static constexpr uint32_t one = 0x3f800000;  // the bits of 1.0, and below those of sqrt(0.5)
+  static constexpr int mantissa_bits = 23;
+  static constexpr float inverse_ln2 = 0x1.715476p0f, ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+  static constexpr float rounder = 0x1.8p23f;  // adding it rounds to an integer, which is in the last bits
+  static constexpr float lowest = -105.0f, highest = 89.0f;  // their exponentials round to zero and infinity
+  static constexpr int terms = 7;
+  static constexpr uint32_t sqrt_half = 0x3f3504f3;
+  static constexpr int log_terms = 5;
+};
+template <>
+struct Lanes<double> {
+  using Signed = NativeVector<int64_t, F64::lanes>::type;
+  using Unsigned = NativeVector<uint64_t, F64::lanes>::type;
+  static constexpr uint64_t one = 0x3ff0000000000000;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double inverse_ln2 = 0x1.71547652b82fep0, ln2_high = 0x1.62e42feep-1,
+                          ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double rounder = 0x1.8p52;
+  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr int terms = 13;
+  static constexpr uint64_t sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr int log_terms = 11;
+};
+
+// The answer of a comparison for each lane, and what core/activation.h asks with it.
+#if !defined(BN_CPU_HAS_MASKS)
+template <class A>
+struct Flags {
+  typename Lanes<A>::Signed v;  // all bits set or none
+};
+
+template <class A>
+BN_HOST_DEVICE Flags<A> less_equal(Vec<A> a, Vec<A> b) {
+  return {(typename Lanes<A>::Signed)(a.v <= b.v)};
+}
+template <class A>
+BN_HOST_DEVICE Vec<A> select(Flags<A> flags, Vec<A> yes, Vec<A> no) {
+  return Vec<A>(flags.v ? yes.v : no.v);
+}
+
+// One bit a lane, the first lane in the lowest. What is above the lanes' bits is not looked at.
+template <class A>
+BN_HOST_DEVICE uint32_t to_bits(Flags<A> flags) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<A>::lanes; ++i) bits |= static_cast<uint32_t>(flags.v[i] & 1) << i;
+  return bits;
+}
+template <class A>
+BN_HOST_DEVICE void from_bits(uint32_t bits, Flags<A>& flags) {
+  using Signed = typename Lanes<A>::Signed;
+  Signed own{};
+  for (int i = 0; i < Vec<A>::lanes; ++i) own[i] = 1 << i;
+  flags.v = (Signed)((((Signed{} + static_cast<int32_t>(bits)) & own) != 0));
+}
+#endif
 
 template <class To, class From>
 BN_HOST_DEVICE To read_as(const From* from) {
@@ -161,6 +230,88 @@ BN_HOST_DEVICE A sum_of_native(typename NativeVector<A, count>::type v) {
 template <class A>
 BN_HOST_DEVICE A sum_of_lanes(Vec<A> a) {
   return sum_of_native<A, Vec<A>::lanes>(a.v);
+}
+
+// exp(a) = first * second * (1 + rest): `first` and `second` are powers of two, kept apart because their product may be
+// out of range, and `rest` is the Taylor series of what is left, at most ln(2) / 2, minus one. The reduction subtracts
+// ln(2) in two parts, of which the products with the first are exact (Cody and Waite, 1980).
+template <class A>
+struct PowerOfE {
+  Vec<A> first, second, rest;
+};
+
+template <int count, class A>
+struct InverseFactorials {
+  A of[count + 1];
+
+  constexpr InverseFactorials() : of{} {
+    double factorial = 1.0;
+    for (int k = 0; k <= count; ++k) {
+      factorial *= k > 0 ? k : 1;
+      of[k] = static_cast<A>(1.0 / factorial);
+    }
+  }
+};
+
+template <class A>
+BN_HOST_DEVICE PowerOfE<A> power_of_e(Vec<A> a) {
+  using V = Vec<A>;
+  using L = Lanes<A>;
+  using Unsigned = typename L::Unsigned;
+  constexpr InverseFactorials<L::terms, A> taylor;
+  const V rounder(L::rounder);
+  const auto power_of_two = [](V rounded) {
+    return V((typename V::Native)(((Unsigned)rounded.v << L::mantissa_bits) + L::one));
+  };
+  a = select(less_equal(a, V(L::lowest)), V(L::lowest), select(less_equal(V(L::highest), a), V(L::highest), a));
+  const V n = multiply_add(a, V(L::inverse_ln2), rounder) - rounder;
+  const V r = multiply_add(n, V(-L::ln2_low), multiply_add(n, V(-L::ln2_high), a));
+  V series(taylor.of[L::terms]);
+  for (int k = L::terms - 1; k >= 2; --k) series = multiply_add(series, r, V(taylor.of[k]));
+  const V half = n * V(A(0.5)) + rounder;
+  return {power_of_two(half), power_of_two(n - (half - rounder) + rounder), multiply_add(r * r, series, r)};
+}
+
+template <class A>
+BN_HOST_DEVICE Vec<A> exponential(Vec<A> a) {
+  const PowerOfE<A> power = power_of_e(a);
+  return multiply_add(power.first, power.rest, power.first) * power.second;
+}
+
+template <class A>
+BN_HOST_DEVICE Vec<A> exponential_minus_one(Vec<A> a) {
+  const Vec<A> one(A(1));
+  const PowerOfE<A> power = power_of_e(a);
+  const Vec<A> scale = power.first * power.second;
+  const Vec<A> large = multiply_add(power.first, power.rest, power.first) * power.second - one;
+  return select(less_equal(a, one), multiply_add(scale, power.rest, scale - one), large);
+}
+
+// Of finite a > -1. 1 + a = 2^k * m with m next to 1, and log(m) = 2 * artanh(s), s = (m - 1) / (m + 1), by its Taylor
+// series; what rounding 1 + a dropped is added at the end. Where k is 0, m - 1 is a itself.
+template <class A>
+BN_HOST_DEVICE Vec<A> logarithm_of_one_plus(Vec<A> a) {
+  using V = Vec<A>;
+  using L = Lanes<A>;
+  using Unsigned = typename L::Unsigned;
+  using Bits = std::remove_const_t<decltype(L::one)>;
+  constexpr Bits mantissa = (Bits(1) << L::mantissa_bits) - 1;
+  const V one(A(1)), whole(A(Bits(1) << L::mantissa_bits));
+  const V sum = one + a;
+  const Unsigned moved = (Unsigned)sum.v + (L::one - L::sqrt_half);
+  const V biased((typename V::Native)((moved >> L::mantissa_bits) | (Unsigned)whole.v));
+  const V k = biased - (whole + V(A(L::one >> L::mantissa_bits)));
+  const V m((typename V::Native)((moved & mantissa) + L::sqrt_half));
+  const auto scaled = [&](V if_scaled, V if_not) { return select(less_equal(k * k, V(A(0))), if_not, if_scaled); };
+  const V f = scaled(m - one, a);
+  const V dropped = scaled((a - (sum - one)) / sum, V(A(0)));
+  const V s = f / (f + V(A(2)));
+  const V square = s * s;
+  V series(A(2.0 / (2 * L::log_terms + 1)));
+  for (int n = L::log_terms - 1; n >= 1; --n) series = multiply_add(series, square, V(A(2.0 / (2 * n + 1))));
+  // 2 * s = f - s * f, and f is exact.
+  const V log_m = f - s * (f - square * series);
+  return multiply_add(k, V(L::ln2_high), log_m + multiply_add(k, V(L::ln2_low), dropped));
 }
 
 constexpr int64_t cache_line = 64;

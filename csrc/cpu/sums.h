@@ -1,12 +1,14 @@
 // Two sums per channel over a range of samples, in the planes and the columns view. What is summed is the Sum
 // operation:
-//   Sum::inputs                          how many tensors it reads, 1 or 2
-//   Sum::add(v0, v1, center, s, q)       adds one vector of samples to the two sums
-//   center[channel]                      the operation's constant of a channel, in the accumulate type
+//   Sum::inputs, Sum::coefficients       how many tensors and how many values per channel it reads
+//   Sum::mask, Sum::heavy                whether it reads a mask, and whether its code is to stand once in a loop
+//   add(k, in, is_blocked, s, q)         adds one vector of samples to the two sums; k are the coefficients, one vector
+//                                        each, and k[0] is what sums are taken around
 // Sums are short (accumulate type) and handed over in arrays with one value a channel, to be merged in double.
 #pragma once
 
 #include "cpu/blocking.h"
+#include "cpu/operations.h"
 #include "cpu/simd.h"
 
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
@@ -18,13 +20,56 @@ constexpr int64_t max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-template <class E>
+// The tensors that an operation reads. The third may be missing, and reads as zero then.
+template <class E, int count>
 struct Inputs {
-  const E* first;
-  const E* second;  // equals first where only one tensor is read
+  const E* of[count];
 
-  BN_HOST_DEVICE Inputs at(int64_t offset) const { return {first + offset, second + offset}; }
+  BN_HOST_DEVICE bool has(int n) const { return n < 2 || of[n] != nullptr; }
+
+  BN_HOST_DEVICE Inputs at(int64_t offset) const {
+    Inputs moved;
+    for (int n = 0; n < count; ++n) moved.of[n] = has(n) ? of[n] + offset : nullptr;
+    return moved;
+  }
+
+  // One vector of each, or its first `some` elements and the rest from `rest`.
+  template <class A>
+  BN_HOST_DEVICE void load_vectors(int64_t offset, Vec<A>* v) const {
+    for (int n = 0; n < count; ++n) v[n] = has(n) ? load(of[n] + offset) : Vec<A>(A(0));
+  }
+  template <class A>
+  BN_HOST_DEVICE void load_vectors(int64_t offset, int64_t some, Vec<A> rest, Vec<A>* v) const {
+    for (int n = 0; n < count; ++n) v[n] = has(n) ? load_first(of[n] + offset, some, rest) : Vec<A>(A(0));
+  }
 };
+
+// of[k][channel]
+constexpr int max_coefficients = 6;
+template <class A>
+struct Coefficients {
+  const A* of[max_coefficients];
+};
+
+// `mask` moved on, if the operation has one.
+template <class Operation, class Byte>
+BN_HOST_DEVICE Byte* move_mask(Byte* mask, int64_t bytes) {
+  return Operation::mask == MaskUse::none || mask == nullptr ? nullptr : mask + bytes;
+}
+
+// The bits of the vector that begins at element `at` of a row of the mask, or of its first `some` elements. Vectors
+// begin at multiples of the lanes.
+template <class Operation, class A>
+BN_HOST_DEVICE Flags<A> read_mask(const uint8_t* row, int64_t at, int64_t some, Vec<A>) {
+  Flags<A> is_blocked{};
+  if constexpr (Operation::mask == MaskUse::read) {
+    uint32_t passing = row[at >> 3];
+    if (Vec<A>::lanes < 8) passing >>= at & 7;
+    if (Vec<A>::lanes > 8 && some > 8) passing |= static_cast<uint32_t>(row[(at >> 3) + 1]) << 8;
+    from_bits(~passing, is_blocked);
+  }
+  return is_blocked;
+}
 
 template <class A>
 struct SumPair {
@@ -39,98 +84,107 @@ constexpr int64_t samples_per_sum = 128 * accumulators * Vec<A>::lanes;
 constexpr int64_t planes_per_sum = 128;
 constexpr int64_t rows_per_sum = 512;
 
-// One contiguous run of a channel.
+// One contiguous run of a channel, and its bits of the mask.
 template <class Sum, class E, class A = accumulate_t<E>>
-inline void sum_run(Inputs<E> in, int64_t count, Vec<A> center, SumPair<A>& sums) {
+inline void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, int64_t count,
+                    const Coefficients<A>& coefficients, int64_t channel, SumPair<A>& sums) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int unroll = accumulators;
-  int64_t i = 0;
-  const auto load_second = [&](int64_t at, Vec<A> first) {
-    if constexpr (Sum::inputs == 2)
-      return load(in.second + at);
-    else
-      return first;
+  Vec<A> k[Sum::coefficients];
+  for (int n = 0; n < Sum::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][channel]);
+  const auto add = [&](int64_t at, int64_t some, SumPair<A>& to) {
+    Vec<A> v[Sum::inputs];
+    if (some == lanes) {
+      in.load_vectors(at, v);
+    } else {
+      in.load_vectors(at, some, Sum::neutral(k[0]), v);
+    }
+    sum.add(k, v, read_mask<Sum>(mask, at, some, k[0]), to.s, to.q);
   };
+  int64_t i = 0;
+  if constexpr (Sum::heavy) {
+    for (; i < count; i += lanes) add(i, min(lanes, count - i), sums);
+    return;
+  }
   if (count >= unroll * lanes) {
     SumPair<A> partial[unroll];
     for (auto& pair : partial) pair = {Vec<A>(A(0)), Vec<A>(A(0))};
     for (; i + unroll * lanes <= count; i += unroll * lanes) {
-      for (int u = 0; u < unroll; ++u) {
-        const Vec<A> first = load(in.first + i + u * lanes);
-        Sum::add(first, load_second(i + u * lanes, first), center, partial[u].s, partial[u].q);
-      }
+      for (int u = 0; u < unroll; ++u) add(i + u * lanes, lanes, partial[u]);
     }
     sums.s += (partial[0].s + partial[1].s) + (partial[2].s + partial[3].s);
     sums.q += (partial[0].q + partial[1].q) + (partial[2].q + partial[3].q);
   }
-  for (; i + lanes <= count; i += lanes) {
-    const Vec<A> first = load(in.first + i);
-    Sum::add(first, load_second(i, first), center, sums.s, sums.q);
-  }
-  if (i < count) {
-    const Vec<A> neutral = Sum::neutral(center);
-    const Vec<A> first = load_first(in.first + i, count - i, neutral);
-    Vec<A> second = first;
-    if constexpr (Sum::inputs == 2) second = load_first(in.second + i, count - i, neutral);
-    Sum::add(first, second, center, sums.s, sums.q);
-  }
+  for (; i + lanes <= count; i += lanes) add(i, lanes, sums);
+  if (i < count) add(i, count - i, sums);
 }
 
-// `rows` rows added to the sums of `wide` vectors of columns, which stay in registers meanwhile. Only the first `count`
-// columns of a single vector may be there.
-template <class Sum, int rows, int wide, class E, class A, class Load>
-BN_HOST_DEVICE void sum_tile(Inputs<E> in, int64_t pitch, const A* center, A* s, A* q, const Load& load_at) {
+// `rows` rows added to the sums of `wide` vectors of columns, which stay in registers meanwhile. Of a single vector,
+// only the first `some` columns may be there.
+template <class Sum, int rows, int wide, class E, class A>
+BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t pitch, const uint8_t* mask,
+                             int64_t mask_pitch, int64_t column, int64_t some, const Coefficients<A>& coefficients,
+                             A* s, A* q) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  Vec<A> centers[wide];
+  Vec<A> k[wide][Sum::coefficients];
   SumPair<A> sums[wide];
   for (int w = 0; w < wide; ++w) {
-    centers[w] = load(center + w * lanes);
+    for (int n = 0; n < Sum::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
     sums[w] = {Vec<A>(A(0)), Vec<A>(A(0))};
   }
   for (int r = 0; r < rows; ++r) {
     for (int w = 0; w < wide; ++w) {
-      const Vec<A> first = load_at(in.first + r * pitch + w * lanes, centers[w]);
-      Vec<A> second = first;
-      if constexpr (Sum::inputs == 2) second = load_at(in.second + r * pitch + w * lanes, centers[w]);
-      Sum::add(first, second, centers[w], sums[w].s, sums[w].q);
+      const int64_t at = column + w * lanes;
+      Vec<A> v[Sum::inputs];
+      if (wide > 1 || some == lanes) {
+        in.load_vectors(r * pitch + at, v);
+      } else {
+        in.load_vectors(r * pitch + at, some, Sum::neutral(k[w][0]), v);
+      }
+      sum.add(k[w], v, read_mask<Sum>(move_mask<Sum>(mask, r * mask_pitch), at, some, k[w][0]), sums[w].s, sums[w].q);
     }
   }
   for (int w = 0; w < wide; ++w) {
-    store(s + w * lanes, load(s + w * lanes) + sums[w].s);
-    store(q + w * lanes, load(q + w * lanes) + sums[w].q);
+    A *const s_at = s + column + w * lanes, *const q_at = q + column + w * lanes;
+    store(s_at, load(s_at) + sums[w].s);
+    store(q_at, load(q_at) + sums[w].q);
   }
 }
 
 // `rows` rows added to per-column sums.
 template <class Sum, int rows, class E, class A = accumulate_t<E>>
-inline void sum_rows(Inputs<E> in, int64_t pitch, int64_t columns, const A* center, A* s, A* q) {
+inline void sum_rows(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t pitch, const uint8_t* mask, int64_t mask_pitch,
+                     int64_t columns, const Coefficients<A>& coefficients, A* s, A* q) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  constexpr int wide = 4;
-  const auto whole = [](const E* p, Vec<A>) { return load(p); };
+  constexpr int wide = Sum::coefficients > 1 ? 2 : 4;
+  const auto tile = [&](auto vectors, int64_t j, int64_t some) {
+    sum_tile<Sum, rows, decltype(vectors)::value>(sum, in, pitch, mask, mask_pitch, j, some, coefficients, s, q);
+  };
+  using One = std::integral_constant<int, 1>;
   int64_t j = 0;
-  for (; j + wide * lanes <= columns; j += wide * lanes) {
-    sum_tile<Sum, rows, wide>(in.at(j), pitch, center + j, s + j, q + j, whole);
+  if constexpr (Sum::heavy) {
+    for (; j < columns; j += lanes) tile(One{}, j, min(lanes, columns - j));
+    return;
   }
-  for (; j + lanes <= columns; j += lanes) {
-    sum_tile<Sum, rows, 1>(in.at(j), pitch, center + j, s + j, q + j, whole);
-  }
-  if (j < columns) {
-    sum_tile<Sum, rows, 1>(in.at(j), pitch, center + j, s + j, q + j,
-                           [&](const E* p, Vec<A> c) { return load_first(p, columns - j, Sum::neutral(c)); });
-  }
+  for (; j + wide * lanes <= columns; j += wide * lanes) tile(std::integral_constant<int, wide>{}, j, lanes);
+  for (; j + lanes <= columns; j += lanes) tile(One{}, j, lanes);
+  if (j < columns) tile(One{}, j, columns - j);
 }
 
 // Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): merge(s, q) with the channels' sums.
 template <class Sum, class E, class A, class Merge>
-inline void sum_planes(const Shape& shape, Inputs<E> in, Range channels, Range slab, const A* center, Merge merge) {
+inline void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs> in, const uint8_t* mask,
+                       Range channels, Range slab, const Coefficients<A>& coefficients, Merge merge) {
   SumPair<A> sums[max_block_channels];
   for (int64_t c = 0; c < channels.size(); ++c) sums[c] = {Vec<A>(A(0)), Vec<A>(A(0))};
+  const int64_t mask_row = mask_row_bytes(shape.inner);
   for (int64_t sample = slab.begin; sample < slab.end;) {
     const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
     const int64_t count = min(shape.inner - inner, slab.end - sample);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      sum_run<Sum>(in.at((outer * shape.channels + c) * shape.inner + inner), count, Vec<A>(center[c]),
-                   sums[c - channels.begin]);
+      const int64_t plane = outer * shape.channels + c;
+      const uint8_t* const bits = move_mask<Sum>(mask, plane * mask_row + inner / 8);
+      sum_run<Sum>(sum, in.at(plane * shape.inner + inner), bits, count, coefficients, c, sums[c - channels.begin]);
     }
     sample += count;
   }
@@ -172,28 +226,53 @@ inline A sum_of(const A* values, int64_t count) {
   return sum_of_lanes(sum);
 }
 
+// A channel vector of an operation for each column of a block.
+template <int count, class A>
+struct ColumnCoefficients {
+  alignas(cache_line) A values[count][max_columns + Vec<A>::lanes];
+
+  ColumnCoefficients(const Shape& shape, int64_t repeat, Range channels, const Coefficients<A>& coefficients) {
+    for (int n = 0; n < count; ++n) spread(shape, repeat, channels, coefficients.of[n], values[n]);
+  }
+
+  Coefficients<A> from(int64_t column) const {
+    Coefficients<A> coefficients{};
+    for (int n = 0; n < count; ++n) coefficients.of[n] = values[n] + column;
+    return coefficients;
+  }
+};
+
+// How many rows a tile has.
+template <class Operation>
+constexpr int rows_together = Operation::heavy ? 1 : 8;
+
 template <class Sum, class E, class A, class Merge>
-inline void sum_columns(const Shape& shape, int64_t repeat, Inputs<E> in, Range channels, Range slab, const A* center,
+inline void sum_columns(const Sum& sum, const Shape& shape, int64_t repeat, Inputs<E, Sum::inputs> in,
+                        const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
                         Merge merge) {
   constexpr int64_t padded = max_columns + Vec<A>::lanes;
-  alignas(cache_line) A column_center[padded], s[padded], q[padded];
-  spread(shape, repeat, channels, center, column_center);
+  alignas(cache_line) A s[padded], q[padded];
+  const ColumnCoefficients<Sum::coefficients, A> of_columns(shape, repeat, channels, coefficients);
+  const Coefficients<A> per_column = of_columns.from(0);
   const int64_t row_columns = channels.size() * shape.inner;
   const int64_t columns = row_columns * repeat;
   for (int64_t j = 0; j < columns + Vec<A>::lanes; ++j) s[j] = q[j] = A(0);
 
-  constexpr int together = 8;
-  const int64_t pitch = shape.channels * shape.inner * repeat;
+  constexpr int together = rows_together<Sum>;
+  const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t begin = slab.begin / shape.inner, rows = slab.size() / shape.inner;
   in = in.at((begin * shape.channels + channels.begin) * shape.inner);
+  mask = move_mask<Sum>(mask, begin / repeat * mask_pitch + channels.begin * shape.inner / 8);
   int64_t row = 0;
-  for (; row + together <= rows / repeat; row += together) {
-    sum_rows<Sum, together>(in.at(row * pitch), pitch, columns, column_center, s, q);
-  }
-  for (; row < rows / repeat; ++row) sum_rows<Sum, 1>(in.at(row * pitch), pitch, columns, column_center, s, q);
-  if (rows % repeat != 0) {
-    sum_rows<Sum, 1>(in.at(row * pitch), pitch, rows % repeat * row_columns, column_center, s, q);
-  }
+  const auto add = [&](auto count, int64_t width) {
+    const uint8_t* const bits = move_mask<Sum>(mask, row * mask_pitch);
+    sum_rows<Sum, decltype(count)::value>(sum, in.at(row * pitch), pitch, bits, mask_pitch, width, per_column, s, q);
+    row += decltype(count)::value;
+  };
+  using One = std::integral_constant<int, 1>;
+  while (row + together <= rows / repeat) add(std::integral_constant<int, together>{}, columns);
+  while (row < rows / repeat) add(One{}, columns);
+  if (rows % repeat != 0) add(One{}, rows % repeat * row_columns);
 
   for (int64_t r = 1; r < repeat; ++r) {
     for (int64_t j = 0; j < row_columns; ++j) {
@@ -221,12 +300,13 @@ inline int64_t slab_end(const Shape& shape, const Blocking& blocking, int64_t be
 }
 
 template <class Sum, class E, class A, class Merge>
-inline void sum_slab(const Shape& shape, const Blocking& blocking, Inputs<E> in, Range channels, Range slab,
-                     const A* center, Merge merge) {
+inline void sum_slab(const Sum& sum, const Shape& shape, const Blocking& blocking, Inputs<E, Sum::inputs> in,
+                     const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
+                     Merge merge) {
   if (blocking.columns) {
-    sum_columns<Sum>(shape, blocking.repeat, in, channels, slab, center, merge);
+    sum_columns<Sum>(sum, shape, blocking.repeat, in, mask, channels, slab, coefficients, merge);
   } else {
-    sum_planes<Sum>(shape, in, channels, slab, center, merge);
+    sum_planes<Sum>(sum, shape, in, mask, channels, slab, coefficients, merge);
   }
 }
 

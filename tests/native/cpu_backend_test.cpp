@@ -17,8 +17,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/activation.h"
 #include "core/formulas.h"
 #include "cpu/backend.h"
+#include "cpu/blocking.h"
 
 namespace {
 
@@ -320,6 +322,396 @@ void test_against_oracle() {
   }
 }
 
+// ---- Fused activation and residual ----
+
+struct Fusion {
+  Activation activation;
+  bool residual = false, mask = false, in_place = false;
+
+  std::string name() const {
+    return std::string("activation ") + std::to_string(int(activation)) + (residual ? " residual" : "") +
+           (mask ? " mask" : "") + (in_place ? " in place" : "");
+  }
+};
+
+const Fusion fusions[] = {
+    {Activation::relu},
+    {Activation::relu, true, true},
+    {Activation::relu, true, false},
+    {Activation::relu, false, true},
+    {Activation::leaky_relu},
+    {Activation::leaky_relu, true, true},
+    {Activation::elu},
+    {Activation::elu, true},
+    {Activation::silu},
+    {Activation::silu, true},
+    {Activation::hardswish},
+    {Activation::hardswish, true},
+    {Activation::identity, true},
+    {Activation::identity, false, false, true},
+    {Activation::leaky_relu, false, false, true},
+    {Activation::elu, false, false, true},
+};
+
+constexpr double slope = 0.125;
+
+long double activate_exactly(Activation activation, long double u) {
+  switch (activation) {
+    case Activation::relu:
+      return u <= 0 ? 0 : u;
+    case Activation::leaky_relu:
+      return u <= 0 ? u * slope : u;
+    case Activation::elu:
+      return u <= 0 ? std::expm1(u) : u;
+    case Activation::silu:
+      return u / (1 + std::exp(-u));
+    case Activation::hardswish:
+      return u * std::min(std::max(u + 3, 0.0L), 6.0L) / 6;
+    default:
+      return u;
+  }
+}
+
+// Of a u whose sign is known otherwise.
+long double derivative_exactly(Activation activation, long double u, bool passes) {
+  const long double sigmoid = 1 / (1 + std::exp(-u));
+  switch (activation) {
+    case Activation::relu:
+      return passes ? 1 : 0;
+    case Activation::leaky_relu:
+      return passes ? 1 : slope;
+    case Activation::elu:
+      return passes ? 1 : std::exp(u);
+    case Activation::silu:
+      return sigmoid * (1 + u * (1 - sigmoid));
+    case Activation::hardswish:
+      return u <= -3 ? 0 : u >= 3 ? 1 : u / 3 + 0.5L;
+    default:
+      return 1;
+  }
+}
+
+template <class E>
+struct FusedCall {
+  using A = accumulate_t<E>;
+  Case<E> c;
+  Fusion fusion;
+  bool training;
+  int threads;
+  Tensor<E> residual, y, dx, dresidual;
+  Tensor<A> mean, inv_std, shift, running_mean, running_var;
+  Tensor<float> dweight, dbias;
+  std::vector<uint8_t> mask;
+
+  FusedCall(const Shape& shape, const Fusion& fused, bool in_training, int thread_count)
+      : c(shape),
+        fusion(fused),
+        training(in_training),
+        threads(thread_count),
+        residual(normal<E>(shape.elements(), 0, 1, 5)),
+        y(fusion.in_place ? c.x : Tensor<E>(shape.elements())),
+        dx(shape.elements()),
+        dresidual(shape.elements()),
+        mean(shape.channels),
+        inv_std(shape.channels),
+        shift(shape.channels),
+        running_mean(shape.channels, 0.75),
+        running_var(shape.channels, 1.5),
+        dweight(shape.channels, 9),
+        dbias(shape.channels, 9),
+        mask(static_cast<size_t>(mask_bytes(shape)) + 1, 0xa5) {}
+
+  Epilogue epilogue() const { return {fusion.activation, slope, fusion.residual ? residual.data() : nullptr}; }
+
+  void forward() {
+    ForwardParams params{};
+    params.shape = c.shape;
+    params.dtype = DTypeOf<E>::value;
+    params.x = fusion.in_place ? y.data() : c.x.data();
+    params.y = y.data();
+    params.weight = {c.weight.data(), DType::float32};
+    params.bias = {c.bias.data(), DType::float32};
+    params.running.mean = {running_mean.data(), DTypeOf<A>::value};
+    params.running.variance = {running_var.data(), DTypeOf<A>::value};
+    params.eps = c.eps;
+    params.batch_statistics = training;
+    params.mean = mean.data();
+    params.inv_std = inv_std.data();
+    params.epilogue = epilogue();
+    params.shift = shift.data();
+    params.mask = fusion.mask ? mask.data() : nullptr;
+    cpu::forward(params, executor_with(threads));
+  }
+
+  BackwardParams backward_params(bool want_dx, bool want_sums, bool want_dresidual) {
+    BackwardParams params{};
+    params.shape = c.shape;
+    params.dtype = DTypeOf<E>::value;
+    params.dy = c.dy.data();
+    params.x = fusion.in_place ? y.data() : c.x.data();
+    if (fusion.mask && !want_sums && !(training && want_dx)) params.x = nullptr;
+    params.dx = want_dx ? dx.data() : nullptr;
+    params.weight = {c.weight.data(), DType::float32};
+    params.mean = mean.data();
+    params.inv_std = inv_std.data();
+    if (want_sums) params.dweight = {dweight.data(), DType::float32};
+    if (want_sums) params.dbias = {dbias.data(), DType::float32};
+    params.batch_statistics = training;
+    params.epilogue = epilogue();
+    if (fusion.mask) params.epilogue.residual = nullptr;
+    params.shift = shift.data();
+    params.mask = fusion.mask ? mask.data() : nullptr;
+    params.dresidual = want_dresidual ? dresidual.data() : nullptr;
+    params.x_is_output = fusion.in_place;
+    return params;
+  }
+
+  std::string name() const {
+    return c.name() + (training ? " training, " : " evaluation, ") + std::to_string(threads) + " threads, " +
+           fusion.name();
+  }
+};
+
+template <class E>
+void check_fused_forward(const FusedCall<E>& call) {
+  using A = accumulate_t<E>;
+  const Case<E>& c = call.c;
+  const double accurate = (sizeof(E) == 2 ? 32 : 16) * unit_roundoff<A>();
+  bool output = true, shifted = true;
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    const int64_t n = c.shape.samples();
+    const Statistics s = call.training ? statistics_of(c, channel) : Statistics{0.75L, 1.5L * n};
+    const long double inv_std = 1 / std::sqrt(s.m2 / n + (long double)c.eps);
+    const long double weight = c.weight.at(channel), bias = c.bias.at(channel);
+    const long double residue = (s.mean - call.mean.at(channel)) * inv_std * weight;
+    shifted = shifted && near(call.shift.at(channel), bias - residue,
+                              accurate * (std::fabs(double(bias)) + double(inv_std * std::fabs(s.mean)) + 1));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = c.at(channel, i);
+      const long double xhat = (c.x.at(at) - s.mean) * inv_std;
+      const long double residual = call.fusion.residual ? call.residual.at(at) : 0;
+      const long double expected = activate_exactly(call.fusion.activation, xhat * weight + bias + residual);
+      const double scale = double(std::fabs(xhat * weight) + std::fabs(bias) + std::fabs(residual)) + 1;
+      if (!near(call.y.at(at), expected, (unit_roundoff<E>() + 2 * accurate) * scale)) output = false;
+    }
+  }
+  check(output, call.name() + ": output");
+  check(shifted, call.name() + ": saved shift");
+  check(call.y.guarded() && call.mask.back() == 0xa5, call.name() + ": bounds");
+}
+
+template <class E>
+void check_fused_backward(const FusedCall<E>& call, bool want_dx, bool want_sums, bool want_dresidual) {
+  using A = accumulate_t<E>;
+  const Case<E>& c = call.c;
+  const int64_t n = c.shape.samples();
+  const double accurate = 32 * unit_roundoff<A>();
+  bool sums = true, input = true, residual_gradient = true;
+  std::vector<long double> g(static_cast<size_t>(n)), deviation(static_cast<size_t>(n));
+  for (int64_t channel = 0; channel < c.shape.channels; ++channel) {
+    const long double mean = call.mean.at(channel), inv_std = call.inv_std.at(channel);
+    const long double weight = c.weight.at(channel), shift = call.shift.at(channel), scale = inv_std * weight;
+    long double sum_g = 0, sum_g_xhat = 0, size_g = 0, size_g_xhat = 0;
+    const auto index = [](int64_t i) { return static_cast<size_t>(i); };
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = c.at(channel, i);
+      long double u, magnitude;
+      if (call.fusion.in_place) {
+        const long double y = call.y.at(at);
+        u = y > 0 || call.fusion.activation == Activation::identity ? y
+            : call.fusion.activation == Activation::elu             ? std::log1p(std::max(y, -1.0L + 0x1p-24L))
+                                                                    : y / slope;
+        deviation[index(i)] = (u - shift) / scale;
+        magnitude = (std::fabs(u) + std::fabs(shift)) / std::fabs(weight);
+      } else {
+        deviation[index(i)] = c.x.at(at) - mean;
+        u = deviation[index(i)] * scale + shift + (call.fusion.residual ? call.residual.at(at) : 0);
+        magnitude = std::fabs(deviation[index(i)] * inv_std);
+      }
+      const long double dy = c.dy.at(at);
+      g[index(i)] = dy * derivative_exactly(call.fusion.activation, u, call.y.at(at) > 0);
+      const double size = double(std::fabs(dy) * (1 + std::fabs(u)));
+      sum_g += g[index(i)], sum_g_xhat += g[index(i)] * deviation[index(i)] * inv_std;
+      size_g += size, size_g_xhat += size * magnitude;
+      if (want_dresidual && !near(call.dresidual.at(at), g[index(i)],
+                                  (unit_roundoff<E>() + accurate) * size + (sizeof(E) == 2 ? 0x1p-24 : 0))) {
+        residual_gradient = false;
+      }
+    }
+    const auto bound = [&](long double size, long double value) {
+      return accurate * static_cast<double>(size) + 0x1p-23 * std::fabs(static_cast<double>(value));
+    };
+    if (want_sums) {
+      sums = sums && near(call.dbias.at(channel), sum_g, bound(size_g, sum_g)) &&
+             near(call.dweight.at(channel), sum_g_xhat, bound(size_g_xhat, sum_g_xhat));
+    }
+    if (!want_dx) continue;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = c.at(channel, i);
+      const long double xhat = deviation[index(i)] * inv_std;
+      const long double inner = call.training ? g[index(i)] - sum_g / n - xhat * (sum_g_xhat / n) : g[index(i)];
+      const double size =
+          double(std::fabs(scale)) * double(std::fabs(c.dy.at(at)) * (1 + std::fabs(call.y.at(at))) * 4 +
+                                            (call.training ? size_g / n + (std::fabs(xhat) + 4) * size_g_xhat / n : 0));
+      const double subnormal = std::is_same<E, float16>::value ? 0x1p-24 : 0x1p-133;
+      if (!near(call.dx.at(at), scale * inner, (unit_roundoff<E>() + accurate) * size + subnormal)) input = false;
+    }
+  }
+  check(sums, call.name() + ": dweight and dbias");
+  check(input, call.name() + ": dx");
+  check(residual_gradient, call.name() + ": dresidual");
+  check(call.dx.guarded() && call.dresidual.guarded(), call.name() + ": bounds");
+}
+
+template <class E>
+void check_fused(const Shape& shape, const Fusion& fusion, bool training, int threads) {
+  FusedCall<E> call(shape, fusion, training, threads);
+  call.forward();
+  check_fused_forward(call);
+  // A different number of threads than forward had must find the same mask.
+  for (int wanted = 1; wanted < 8; ++wanted) {
+    const bool want_dx = wanted & 1, want_sums = wanted & 2, want_dresidual = wanted & 4;
+    if (want_dresidual != fusion.residual && !(fusion.residual && wanted < 4)) continue;
+    if (shape.elements() > 50000 && wanted != (fusion.residual ? 7 : 3)) continue;
+    call.threads = wanted % 3 + 1;
+    cpu::backward(call.backward_params(want_dx, want_sums, want_dresidual), executor_with(call.threads));
+    check_fused_backward(call, want_dx, want_sums, want_dresidual);
+  }
+}
+
+// Shapes whose rows of the columns view are no whole bytes, or whose blocks of channels must begin at one.
+const Shape mask_shapes[] = {
+    {50, 12, 1},     // 4 rows to 6 bytes
+    {61, 3, 7},      // 21 columns
+    {20, 24, 49},    // planes of no whole bytes, seen as columns that are
+    {9, 1030, 3},    // more columns than a block, and no whole bytes
+    {300, 2056, 1},  // blocks of channels owned by tasks
+    {2, 5, 1003},    // planes of no whole bytes
+};
+
+template <class E>
+void test_fused() {
+  int turn = 0;
+  const auto test = [&](const Shape& shape) {
+    for (const Fusion& fusion : fusions) {
+      if (shape.elements() > 50000 && !(fusion.mask && fusion.residual)) continue;
+      ++turn;
+      check_fused<E>(shape, fusion, true, turn % 3 + 1);
+      check_fused<E>(shape, fusion, false, (turn + 1) % 3 + 1);
+    }
+  };
+  for (const Shape& shape : shapes) test(shape);
+  for (const Shape& shape : mask_shapes) test(shape);
+}
+
+// The exponentials of core/activation.h in vectors, against the C library's: with dy = scale = 1 and shift = 0, y of
+// elu is exp(x) - 1, its dx exp(x), and y of silu x / (1 + exp(-x)).
+template <class E>
+void test_exponentials() {
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  const double least = DTypeOf<E>::value == DType::float64 ? -760 : -110;
+  std::vector<double> values{0.0, -0.0, -infinity, infinity, nan, -1e30, 1e30, -1e-30, -0x1p-149, 0x1p-140};
+  for (int i = 0; i <= 200000; ++i) values.push_back(least * i / 200000);
+  for (int i = 0; i < 100000; ++i) values.push_back(-std::pow(2.0, -40 * i / 100000.0));
+  const int64_t size = static_cast<int64_t>(values.size());
+  Tensor<E> x(size), dy(size, 1), elu(size), silu(size), dx(size), inverted(size);
+  for (int64_t i = 0; i < size; ++i) x.set(i, values[static_cast<size_t>(i)]);
+  Tensor<E> mean(1, 0), one(1, 1);
+  ForwardParams params{};
+  params.shape = {1, 1, size};
+  params.dtype = DTypeOf<E>::value;
+  params.x = x.data();
+  params.running.mean = {mean.data(), DTypeOf<E>::value};
+  params.running.variance = {one.data(), DTypeOf<E>::value};
+  params.y = elu.data();
+  params.epilogue.activation = Activation::elu;
+  cpu::forward(params, executor_with(1));
+  params.y = silu.data();
+  params.epilogue.activation = Activation::silu;
+  cpu::forward(params, executor_with(1));
+  BackwardParams gradients{};
+  gradients.shape = params.shape;
+  gradients.dtype = params.dtype;
+  gradients.dy = dy.data();
+  gradients.x = x.data();
+  gradients.dx = dx.data();
+  gradients.mean = mean.data();
+  gradients.inv_std = one.data();
+  gradients.shift = mean.data();
+  gradients.epilogue.activation = Activation::elu;
+  cpu::backward(gradients, executor_with(1));
+  double worst_exp = 0, worst_expm1 = 0, worst_silu = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const double v = x.at(i);
+    const auto ulps = [&](double actual, long double expected) {
+      if (std::isnan(double(expected))) return std::isnan(actual) ? 0.0 : 1e9;
+      if (static_cast<E>(expected) == actual) return 0.0;
+      int exponent;
+      std::frexp(static_cast<double>(expected), &exponent);
+      const double ulp = std::max(std::ldexp(2 * unit_roundoff<E>(), exponent - 1),
+                                  static_cast<double>(std::numeric_limits<E>::denorm_min()));
+      return std::fabs(static_cast<double>((actual - expected) / ulp));
+    };
+    const long double exact = v;
+    worst_expm1 = std::max(worst_expm1, ulps(elu.at(i), v <= 0 ? std::expm1(exact) : exact));
+    worst_exp = std::max(worst_exp, ulps(dx.at(i), v <= 0 ? std::exp(exact) : 1.0L));
+    // Where exp(-x) overflows, the quotient is -0.
+    const double limit = DTypeOf<E>::value == DType::float64 ? -709 : -88;
+    if (v > limit || std::isnan(v)) worst_silu = std::max(worst_silu, ulps(silu.at(i), exact / (1 + std::exp(-exact))));
+  }
+  const std::string name = "dtype " + std::to_string(int(DTypeOf<E>::value)) + ": ";
+  check(worst_exp < 2, name + "exp is " + std::to_string(worst_exp) + " ulp off");
+  check(worst_expm1 < 2, name + "expm1 is " + std::to_string(worst_expm1) + " ulp off");
+  check(worst_silu < 4, name + "silu is " + std::to_string(worst_silu) + " ulp off");
+}
+
+// Forward and backward calls must see one mask, whatever else they do and on however many threads.
+void test_masks_agree() {
+  std::mt19937 generator(7);
+  const auto up_to = [&](int64_t limit) { return std::uniform_int_distribution<int64_t>(1, limit)(generator); };
+  const int64_t largest[] = {3, 70, 3000};
+  for (int round = 0; round < 20000; ++round) {
+    const Shape shape{up_to(largest[up_to(3) - 1]), up_to(largest[up_to(3) - 1]), up_to(3) == 1 ? 1 : up_to(200)};
+    const int64_t element = int64_t(1) << up_to(3), lanes = int64_t(1) << up_to(4);
+    std::vector<cpu::Blocking> seen;
+    for (int call = 0; call < 6; ++call) {
+      const bool sums = up_to(2) == 1;
+      cpu::Traffic traffic{up_to(2), sums, sums && up_to(2) == 1, up_to(3) - 1};
+      traffic.late_inputs = up_to(2) - 1;
+      traffic.masked = true;
+      seen.push_back(cpu::choose_blocking(shape, element, traffic, lanes, up_to(16)));
+    }
+    bool same = true, whole = true;
+    for (const cpu::Blocking& blocking : seen) {
+      same = same && cpu::used_mask_bytes(shape, blocking) <= mask_bytes(shape);
+      for (int i = 0; i < 20; ++i) {
+        const int64_t outer = up_to(shape.outer) - 1, channel = up_to(shape.channels) - 1;
+        const int64_t inner = up_to(shape.inner) - 1;
+        const cpu::MaskBit a = cpu::mask_bit(shape, blocking, outer, channel, inner);
+        const cpu::MaskBit b = cpu::mask_bit(shape, seen[0], outer, channel, inner);
+        same = same && a.byte == b.byte && a.shift == b.shift && a.byte < cpu::used_mask_bytes(shape, blocking);
+      }
+      for (int64_t task = 0; task < blocking.tasks && blocking.split_samples; ++task) {
+        const int64_t begin = cpu::own_samples(shape, blocking, task).begin;
+        const cpu::MaskBit first = cpu::mask_bit(shape, blocking, begin / shape.inner, 0, begin % shape.inner);
+        whole = whole && first.shift == 0;
+      }
+      for (int64_t c = 0; c < shape.channels; c += blocking.block_channels) {
+        whole = whole && cpu::mask_bit(shape, blocking, 0, c, 0).shift == 0;
+      }
+      for (int64_t task = 0; task < blocking.tasks && !blocking.split_samples; ++task) {
+        const int64_t begin = cpu::split(shape.channels, blocking.unit, blocking.tasks, task).begin;
+        whole = whole && (begin == shape.channels || cpu::mask_bit(shape, blocking, 0, begin, 0).shift == 0);
+        whole = whole && (blocking.block_channels % blocking.unit == 0 || blocking.block_channels >= shape.channels ||
+                          !blocking.columns);
+      }
+    }
+    check(same && whole, "mask of [" + std::to_string(shape.outer) + "][" + std::to_string(shape.channels) + "][" +
+                             std::to_string(shape.inner) + "] element " + std::to_string(element) + " lanes " +
+                             std::to_string(lanes) + (same ? ": whole bytes" : ": the same bits"));
+  }
+}
+
 // A result larger than what is written through the caches.
 template <class E>
 void test_streamed() {
@@ -329,6 +721,8 @@ void test_streamed() {
     const Forward<E> saved = c.forward(2, true);
     check_forward(c, saved, true, 0.1, c.name() + " streamed");
     check_backward(c, saved, backward(c, saved, 2, true), true, true, true, true, c.name() + " streamed");
+    check_fused<E>(shape, {Activation::relu, true, true}, true, 2);
+    check_fused<E>(shape, {Activation::leaky_relu, false, false, true}, true, 2);
   }
 }
 
@@ -502,6 +896,13 @@ void test_all() {
   test_against_oracle<bfloat16>();
   test_streamed<float>();
   test_streamed<bfloat16>();
+  test_fused<double>();
+  test_fused<float>();
+  test_fused<float16>();
+  test_fused<bfloat16>();
+  test_exponentials<double>();
+  test_exponentials<float>();
+  test_masks_agree();
   test_large_means();
   test_constant<double>();
   test_constant<float>();
