@@ -15,6 +15,7 @@ from .accuracy import accuracy_tasks
 from .contenders import (
     KERNEL_OPS,
     BatchnormExt,
+    BatchnormExtFused,
     Contender,
     Floor,
     OneDnn,
@@ -50,7 +51,7 @@ EXIT_REQUIREMENT = 2
 EXIT_INTERRUPTED = 130
 
 ALL_CONTENDERS: tuple[type[Contender], ...] = (
-    *(BatchnormExt, Floor, TorchEager, TorchEagerNoCudnn, TorchCompile, OneDnn),
+    *(BatchnormExt, BatchnormExtFused, Floor, TorchEager, TorchEagerNoCudnn, TorchCompile, OneDnn),
     *(peers.Apex, peers.InplaceAbn, peers.Jax),
 )
 
@@ -112,7 +113,7 @@ MEASURING: dict[str, tuple[Callable[[argparse.Namespace], list[Task]], float, st
             options.batch, options.size, (options.dtype or ["float32"])[0], options.layout[0]
         ),
         120,
-        "a training step of ResNet-50",
+        "a training step of ResNet-50: time and memory",
     ),
 }
 

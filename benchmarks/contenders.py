@@ -197,6 +197,12 @@ class BatchnormExt(ModuleOps, Contender):
         return batchnorm_ext.convert_batchnorm(torch_module(problem))
 
 
+class BatchnormExtFused(Contender):
+    """This package with sums and activations in batch norm's calls: whole networks only."""
+
+    name = "batchnorm_ext_fused"
+
+
 class Floor(Contender):
     """Torch's own copy or sum: what it costs to move the least bytes through memory."""
 

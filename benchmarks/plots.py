@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .measure import OURS
-from .report import FLOOR, Row, group_of, layer_rows, on_gpu
+from .report import FLOOR, Row, group_of, layer_rows, memory_of_layers, on_gpu
 from .results import CONTENDERS, Record
 
 # Transparent ground and middle tones: a contrast of at least 3 on white and on near-black.
 INK = "#7b8490"
 COLOURS = {
     "batchnorm_ext": "#e4572e",
+    "batchnorm_ext_fused": "#d4882a",
     "floor": "#7b8490",
     "torch_eager": "#3b8eea",
     "torch_eager_no_cudnn": "#2aa198",
@@ -289,10 +290,11 @@ def _use(entry: dict[str, Any]) -> str:
 
 def memory_bars(record: Record) -> Figure | None:
     """Saved and peak bytes as multiples of the input."""
-    if not record.memory:
+    memory = memory_of_layers(record)
+    if not memory:
         return None
-    cases = list(dict.fromkeys(_use(entry) for entry in record.memory))
-    present = {entry["contender"] for entry in record.memory}
+    cases = list(dict.fromkeys(_use(entry) for entry in memory))
+    present = {entry["contender"] for entry in memory}
     names = [name for name in CONTENDERS if name in present]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     thickness = 0.8 / len(names)
@@ -300,7 +302,7 @@ def memory_bars(record: Record) -> Figure | None:
         for index, name in enumerate(names):
             entries: list[dict[str, Any]] = [
                 entry
-                for entry in record.memory
+                for entry in memory
                 if entry["contender"] == name and entry[quantity] is not None
             ]
             axis.barh(

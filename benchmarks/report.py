@@ -313,8 +313,25 @@ def _overhead(record: Record) -> str:
 
 def _model(record: Record) -> str:
     rows = _study(record, "model")
-    note = "The floor is the same network with no batch norm at all."
-    return _section("Training step of ResNet-50", note, _case_table(rows)) if rows else ""
+    note = (
+        "The floor is the same network with no batch norm at all. Kept for backward are the distinct "
+        "tensors, parameters aside; the peak is what a step holds beside what it began with."
+    )
+    lines = [
+        [
+            "x".join(map(str, entry["shape"])),
+            entry["dtype"],
+            entry["layout"],
+            entry["contender"],
+            f"{entry['saved_bytes'] / 1e6:.0f}",
+            f"{entry['peak_bytes'] / 1e6:.0f}" if entry["peak_bytes"] else "-",
+        ]
+        for entry in record.memory
+        if group_of(entry) == "model"
+    ]
+    header = ["shape", "dtype", "layout", "contender", "kept for backward, MB", "peak, MB"]
+    memory = table(header, lines) if lines else ""
+    return _section("Training step of ResNet-50", note, _case_table(rows), memory) if rows else ""
 
 
 def _scaling(record: Record) -> str:
@@ -351,6 +368,11 @@ def _sweep(record: Record) -> str:
     return _section("Sweep over N, C and HW", _case_table(rows)) if rows else ""
 
 
+def memory_of_layers(record: Record) -> list[dict[str, Any]]:
+    """Memory of single layers; networks have a table of their own."""
+    return [entry for entry in record.memory if group_of(entry) != "model"]
+
+
 def _memory(record: Record) -> str:
     lines = [
         [
@@ -363,7 +385,7 @@ def _memory(record: Record) -> str:
             f"{entry['saved_bytes'] / entry['input_bytes']:.2f}",
             f"{entry['peak_bytes'] / entry['input_bytes']:.2f}" if entry["peak_bytes"] else "-",
         ]
-        for entry in record.memory
+        for entry in memory_of_layers(record)
     ]
     header = [
         "shape",

@@ -21,7 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
 CONTENDERS = (
-    *("batchnorm_ext", "floor", "torch_eager", "torch_eager_no_cudnn", "torch_compile"),
+    *(
+        "batchnorm_ext",
+        "batchnorm_ext_fused",
+        "floor",
+        "torch_eager",
+        "torch_eager_no_cudnn",
+        "torch_compile",
+    ),
     *("onednn", "apex", "inplace_abn", "jax"),
 )
 

@@ -1,9 +1,8 @@
-"""Whole training steps of ResNet-50, with this batch norm, with torch's, and with none."""
+"""Whole training steps of ResNet-50: with this batch norm, fused or not, with torch's, and with none."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 import batchnorm_ext
 
 from .measure import OURS, exclude, time_calls
+from .memory import peak_bytes, saved_bytes
 from .models import resnet50
 from .session import Session, Task
 from .shapes import DTYPES, Case
@@ -22,14 +22,14 @@ GRADIENT_TOLERANCE = 0.05
 
 
 def model_tasks(batch: int, size: int, dtype: str, layout: str) -> list[Task]:
-    """Two to three contenders; the weight makes up for steps that take a second on a CPU."""
+    """Up to four contenders; the weight makes up for steps that take a second on a CPU."""
     case = Case("model/resnet50", (batch, 3, size, size), dtype, layout)
     run = lambda session, seconds: measure_model(session, case, seconds)  # noqa: E731
     return [Task(f"{case} train_step", run, weight=20.0)]
 
 
 def measure_model(session: Session, case: Case, seconds: float) -> None:
-    """Time forward, loss, backward and SGD under autocast to the case's dtype."""
+    """Time forward, loss, backward and SGD under autocast to the case's dtype, and record their memory."""
     torch.manual_seed(session.seed)
     device, memory_format = session.device, case.memory_format
     images = torch.randn(case.shape, device=device).contiguous(memory_format=memory_format)
@@ -37,6 +37,9 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
     reference = resnet50().to(device, memory_format=memory_format)
     networks = {
         OURS: batchnorm_ext.convert_batchnorm(copy.deepcopy(reference)),
+        "batchnorm_ext_fused": batchnorm_ext.convert_batchnorm(
+            copy.deepcopy(reference), fuse_activations=True
+        ),
         "torch_eager": copy.deepcopy(reference),
         "floor": without_batchnorm(copy.deepcopy(reference)),
     }
@@ -49,7 +52,22 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
                 reason = f"gradient of the first layer is off by {error:.1e}"
                 exclude(session, name, case, "train_step", reason)
                 continue
-        calls[name] = _training_step(networks[name], images, labels, DTYPES[case.dtype])
+        step = _Step(networks[name], images, labels, DTYPES[case.dtype])
+        step()  # what is set up once is no cost of a step
+        session.record.memory.append(
+            {
+                "case": case.name,
+                "shape": list(case.shape),
+                "dtype": case.dtype,
+                "layout": case.layout,
+                "mode": "train_step",
+                "contender": name,
+                "input_bytes": images.untyped_storage().nbytes(),
+                "saved_bytes": saved_bytes(step.loss, tuple(networks[name].parameters())),
+                "peak_bytes": peak_bytes(step, device),
+            }
+        )
+        calls[name] = step
     time_calls(session, case, "train_step", "cold", calls, seconds, bytes_min=traffic)
 
 
@@ -88,18 +106,21 @@ def _relative_error(network: nn.Module, images: Tensor, labels: Tensor, expected
     return float((gradient - expected).norm() / expected.norm())
 
 
-def _training_step(
-    network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
-) -> Callable[[int], None]:
-    # A learning rate of zero does all the work of a step and leaves every step alike.
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
-    autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+class _Step:
+    """A training step; a learning rate of zero does all its work and leaves every step alike."""
 
-    def step(_: int) -> None:
-        optimizer.zero_grad()
-        with autocast:
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
+    def __init__(
+        self, network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+        self.autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
 
-    return step
+    def loss(self) -> Tensor:
+        with self.autocast:
+            return F.cross_entropy(self.network(self.images), self.labels)
+
+    def __call__(self, _: int = 0) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()

@@ -29,6 +29,7 @@ from benchmarks.contenders import (  # noqa: E402
     MODULE_OPS,
     OUTPUT,
     BatchnormExt,
+    BatchnormExtFused,
     Contender,
     Floor,
     OneDnn,
@@ -760,10 +761,14 @@ def test_accuracy_finds_the_error_of_a_shifted_mean() -> None:
 
 def test_model_step_is_verified_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.training.resnet50", lambda: small_resnet(3, 1000, (4, 8)))
-    session = make_session([BatchnormExt(), Floor(), TorchEager()])
+    session = make_session([BatchnormExt(), BatchnormExtFused(), Floor(), TorchEager()])
     measure_model(session, Case("model/resnet50", (4, 3, 16, 16)), 0.1)
     assert session.record.excluded == []
-    assert {row["contender"] for row in session.record.rows} == session.contenders.keys()
+    for section in (session.record.rows, session.record.memory):
+        assert {row["contender"] for row in section} == session.contenders.keys()
+    kept = {row["contender"]: row["saved_bytes"] for row in session.record.memory}
+    assert kept["floor"] < kept["batchnorm_ext"] <= kept["torch_eager"]
+    assert "| kept for backward, MB |" in render(session.record)
     channels_and_areas = [(4, 256), (4, 256), (4, 256), (8, 64), (8, 64), (8, 64)]
     elements = sum(4 * channels * area for channels, area in channels_and_areas)
     assert session.record.rows[0]["bytes_min"] == 5 * 4 * elements
