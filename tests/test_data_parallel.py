@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import batchnorm_ext
-from batchnorm_ext import revert_batchnorm
+from batchnorm_ext import convert_batchnorm, revert_batchnorm
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(),
@@ -68,6 +68,20 @@ def ddp(rank: int, forwards: int, broadcast: bool) -> list[list[list[float]]]:
         train(theirs, rank, forwards)
         results.append(state(theirs))
     return results
+
+
+def ddp_fused(rank: int) -> list[list[list[float]]]:
+    models = [network(), convert_batchnorm(network(), fuse_activations=True)]
+    assert "fused: 1 + relu" in repr(models[1])
+    for model in models:
+        train(DistributedDataParallel(model), rank, forwards=2)
+    return [state(model) for model in models]
+
+
+def test_distributed_data_parallel_fused(ranks):
+    for plain, fused in ranks.run(2, ddp_fused):
+        for actual, expected in zip(fused, plain, strict=True):
+            torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), **CLOSE)
 
 
 @pytest.mark.parametrize("broadcast", [True, False])

@@ -6,13 +6,14 @@ import copy
 import importlib
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import batchnorm_ext
-from batchnorm_ext import convert_batchnorm, freeze_batchnorm, revert_batchnorm
+from batchnorm_ext import _fusion, convert_batchnorm, freeze_batchnorm, revert_batchnorm
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -40,10 +41,12 @@ def step(model: nn.Module, x: torch.Tensor, output=lambda y: y) -> list[torch.Te
     return [y.detach(), *gradients, *(t.clone() for t in model.state_dict().values())]
 
 
-def assert_trains_alike(model: nn.Module, x: torch.Tensor, output=lambda y: y) -> nn.Module:
+def assert_trains_alike(
+    model: nn.Module, x: torch.Tensor, output=lambda y: y, fuse: bool = False
+) -> nn.Module:
     """Hold the converted model against the model itself, in double precision; return the converted one."""
     theirs = model.double()
-    ours = convert_batchnorm(copy.deepcopy(theirs))
+    ours = convert_batchnorm(copy.deepcopy(theirs), fuse_activations=fuse)
     assert len(norms(ours)) == len(norms(theirs)) > 0
     for actual, expected in zip(
         step(ours, x.double(), output), step(theirs, x.double(), output), strict=True
@@ -127,6 +130,77 @@ def test_transformers_resnet(tmp_path):
     again = transformers.ResNetForImageClassification.from_pretrained(tmp_path).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(again(x).logits, ours.eval()(x).logits)
+
+
+def fused_chains(model: nn.Module) -> int:
+    """How many batch norms a forward pass runs together with what follows them."""
+    real = _fusion.batch_norm_act_with_counter
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with mock.patch.object(_fusion, "batch_norm_act_with_counter", side_effect=real) as calls:
+        model.eval()(x)
+    return calls.call_count
+
+
+# Of a ResNet's batch norms all but the last of each projected shortcut, which is the residual of another; of
+# MobileNetV3's and EfficientNet's those with an activation or a sum; MobileNetV2 has ReLU6, which is not fused, and sums.
+FUSED = {
+    "resnet18": (20, 17),
+    "resnet50": (53, 49),
+    "mobilenet_v2": (52, 10),
+    "mobilenet_v3_small": (34, 29),
+    "efficientnet_b0": (49, 33),
+    "shufflenet_v2_x0_5": (56, 37),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.filterwarnings("error:batch norms that might")
+def test_torchvision_fused(name):
+    models = library("torchvision.models")
+    torch.manual_seed(0)
+    model = models.get_model(name, num_classes=5)
+    for module in model.modules():
+        if hasattr(module, "p"):
+            module.p = (
+                0.0  # dropout and stochastic depth, which draw as many numbers but at other times
+            )
+    ours = assert_trains_alike(model, torch.randn(2, 3, 64, 64), fuse=True)
+    assert (len(norms(ours)), fused_chains(ours)) == FUSED[name]
+
+
+@pytest.mark.filterwarnings("error:batch norms that might")
+def test_timm_fused():
+    timm = library("timm")
+    torch.manual_seed(0)
+    ours = assert_trains_alike(
+        timm.create_model("resnet50", num_classes=5), torch.randn(2, 3, 64, 64), fuse=True
+    )
+    assert (len(norms(ours)), fused_chains(ours)) == (53, 49)
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+@pytest.mark.filterwarnings("error:batch norms that might")
+def test_transformers_resnet_fused(layer_type, tmp_path):
+    library("torchvision")
+    transformers = library("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 2],
+        layer_type=layer_type,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = transformers.ResNetForImageClassification(config)
+    ours = assert_trains_alike(model, torch.randn(2, 3, 64, 64), lambda y: y.logits, fuse=True)
+    shortcuts = sum(n.endswith("shortcut.normalization") for n in dict(ours.named_modules()))
+    assert fused_chains(ours) == len(norms(ours)) - shortcuts > 6
+    ours.save_pretrained(tmp_path)
+    again = transformers.ResNetForImageClassification.from_pretrained(tmp_path).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(again(x).logits, ours.eval()(x).logits)
+    kinds = [type(m) for m in model.modules()]
+    assert [type(m) for m in revert_batchnorm(ours).modules()] == kinds
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
