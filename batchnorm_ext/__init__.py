@@ -19,6 +19,7 @@ from .modules import (
     BatchNormAct2d,
     BatchNormAct3d,
 )
+from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
 __all__ = [
     "BatchNorm1d",
@@ -28,6 +29,9 @@ __all__ = [
     "BatchNormAct2d",
     "BatchNormAct3d",
     "BatchNormFunction",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "SyncBatchNorm",
     "__version__",
     "convert_batchnorm",

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "_fusion": {"modules", "functional", "_reference"},
     "convert": {"_fusion", "modules"},
     "distributed": {"convert", "modules", "functional", "autograd", "_operators", "_reference"},
+    "renorm": {"modules", "functional", "autograd", "_operators", "_reference"},
     "__init__": {
         "_version",
         "_extension",
@@ -52,6 +53,7 @@ MAY_IMPORT = {
         "modules",
         "convert",
         "distributed",
+        "renorm",
     },
     "__main__": {"_build", "_extension"},
 }
