@@ -116,4 +116,31 @@ def input_gradient(
     sum_dy_xhat: Tensor,
     count: Tensor,
 ) -> Tensor: ...
+def normalize_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]: ...
+def input_gradient_act(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    count: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> Tensor: ...
 def build_info() -> dict[str, str]: ...

@@ -10,7 +10,7 @@ from ._extension import load
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert_batchnorm, freeze_batchnorm, revert_batchnorm, unfreeze_batchnorm
-from .distributed import SyncBatchNorm, revert_sync_batchnorm
+from .distributed import SyncBatchNorm, SyncBatchNormAct, revert_sync_batchnorm
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -33,6 +33,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "__version__",
     "convert_batchnorm",
     "freeze_batchnorm",

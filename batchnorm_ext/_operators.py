@@ -27,7 +27,9 @@ def _register_fakes() -> bool:
         torch.library.register_fake("batchnorm_ext::channel_statistics", _fake_channel_statistics)
         torch.library.register_fake("batchnorm_ext::finalize_statistics", _fake_finalize_statistics)
         torch.library.register_fake("batchnorm_ext::normalize", _fake_forward)
+        torch.library.register_fake("batchnorm_ext::normalize_act", _fake_forward_act)
         torch.library.register_fake("batchnorm_ext::input_gradient", _fake_input_gradient)
+        torch.library.register_fake("batchnorm_ext::input_gradient_act", _fake_input_gradient)
         _registered.append(True)
     return True
 

@@ -401,18 +401,8 @@ def backward_act(
     check_residual(residual, grad_output)
     check_channel_vector("weight", weight, grad_output)
     check_activation(activation)
-    if mask is not None:
-        derivative = passing_derivative(
-            _unpacked(mask, grad_output), activation, negative_slope, mean.dtype
-        )
-    elif input is None:
-        raise RuntimeError("input is needed for the derivative of the activation")
-    else:
-        u = affine(input, mean, _scale(inv_std, weight).to(mean.dtype), shift)
-        if residual is not None:
-            u = u + residual
-        derivative = activation_derivative(u, activation, negative_slope)
-    dy = grad_output * derivative
+    saved = (input, residual, weight, mean, inv_std, shift, mask)
+    dy = grad_output * _derivative(grad_output, *saved, activation, negative_slope)
     layout = grad_output
     if input is None and grad_output.stride() != tuple(strides):
         layout = grad_output.new_empty_strided(grad_output.shape, strides)
@@ -421,6 +411,30 @@ def backward_act(
     )
     dresidual = _stored(dy, layout if input is None else input) if need_dresidual else None
     return dx, dresidual, dweight, dbias
+
+
+def _derivative(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Return the activation's derivative in the accumulate dtype, from the mask or else from the same u as forward's."""
+    if mask is not None:
+        passes = _unpacked(mask, grad_output)
+        return passing_derivative(passes, activation, negative_slope, mean.dtype)
+    if input is None:
+        raise RuntimeError("input is needed for the gradients asked for")
+    u = affine(input, mean, _scale(inv_std, weight).to(mean.dtype), shift)
+    if residual is not None:
+        u = u + residual
+    return activation_derivative(u, activation, negative_slope)
 
 
 # ---- activations --------------------------------------------------------------------------------
@@ -619,6 +633,28 @@ def normalize(
     return _stored(u, input), mean, inv_std
 
 
+def normalize_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Do `normalize`, add `residual` and apply the activation. Return (output, mean, inv_std, shift, mask)."""
+    _check_input(input)
+    check_residual(residual, input)
+    check_channel_vector("weight", weight, input)
+    check_channel_vector("bias", bias, input)
+    check_activation(activation)
+    normalized = _normalized(input, weight, bias, mean, (variance + eps).rsqrt())
+    return _activated(input, residual, *normalized, activation, negative_slope, with_mask)
+
+
 def input_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -632,15 +668,51 @@ def input_gradient(
     """Return dx for the float64 sums over all `count` samples of the batch that `input` is a part of."""
     _check_input(grad_output)
     check_channel_vector("weight", weight, grad_output)
-    accumulate = mean.dtype
-    dy_scale = inv_std.double() if weight is None else inv_std.double() * weight
+    dy = grad_output.to(mean.dtype)
+    return _input_gradient(dy, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count)
+
+
+def input_gradient_act(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    count: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Do `input_gradient` behind a residual and an activation."""
+    _check_input(grad_output)
+    check_channel_vector("weight", weight, grad_output)
+    saved = (input, residual, weight, mean, inv_std, shift, mask)
+    dy = grad_output * _derivative(grad_output, *saved, activation, negative_slope)
+    return _input_gradient(dy, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count)
+
+
+def _input_gradient(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+    count: Tensor,
+) -> Tensor:
+    dy_scale = _scale(inv_std, weight)
     x_scale = dy_scale * inv_std * (sum_dy_xhat / count)
 
     def coefficient(vector: Tensor) -> Tensor:
-        return per_channel(vector.to(accumulate), input)
+        return per_channel(vector.to(mean.dtype), input)
 
-    dx = (grad_output.to(accumulate) - coefficient(sum_dy / count)) * coefficient(dy_scale)
-    centred = input.to(accumulate) - coefficient(mean)
+    dx = (dy - coefficient(sum_dy / count)) * coefficient(dy_scale)
+    centred = input.to(mean.dtype) - coefficient(mean)
     dx = torch.addcmul(dx, centred, coefficient(x_scale), value=-1)
     return _stored(dx, input)
 

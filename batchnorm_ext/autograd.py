@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,9 +141,7 @@ class BatchNormActFunction(torch.autograd.Function):
     ) -> Tensor:
         need_dx, _, need_dweight, need_dbias = ctx.needs_input_grad[:4]
         need_deviation = need_dweight or (training and need_dx)
-        one_bit = _reference.is_passing(activation)
-        smooth = not one_bit and activation != "identity"
-        with_mask = one_bit and (residual is not None or not need_deviation)
+        with_mask, smooth = what_is_kept(activation, residual is not None, need_deviation)
         output, mean, inv_std, shift, mask = _operators.forward_act(
             input,
             residual,
@@ -203,6 +201,16 @@ class BatchNormActFunction(torch.autograd.Function):
         return (*computed, None, None, None, None, None, None, None, None, None)
 
 
+def what_is_kept(activation: str, residual: bool, need_deviation: bool) -> tuple[bool, bool]:
+    """Return what an activation's derivative needs: (a mask, input and residual).
+
+    Neither for identity, and where a kept input alone determines the sign that relu and leaky_relu need.
+    """
+    if _reference.is_passing(activation):
+        return residual or not need_deviation, False
+    return False, activation != "identity"
+
+
 def differentiable_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -249,16 +257,9 @@ def differentiable_backward_act(
     dresidual = grad_output
     derivative = None
     if _reference.is_passing(activation):
-        # Piecewise constant: the first derivative of a gradient of ones, since the backend alone can read its bits.
-        with torch.no_grad():
-            ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
-            passed = _operators.backward_act(
-                *(ones, input, None, weight, mean, inv_std, shift, mask, strides, training),
-                *(False, True, None, None, activation, negative_slope),
-            )[1]
-        assert passed is not None
-        derivative = _reference.passing_derivative(
-            passed == 1.0, activation, negative_slope, accumulate
+        saved = (input, weight, mean, inv_std, shift, mask, strides)
+        derivative = passing_derivative(
+            _operators.backward_act, grad_output, *saved, activation, negative_slope
         )
     if training and input is not None and torch.is_grad_enabled():
         mean, inv_std = _differentiable_statistics(input, eps)
@@ -279,6 +280,33 @@ def differentiable_backward_act(
         dy, grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
     )
     return dx, dresidual if need_dresidual else None, dweight, dbias
+
+
+def passing_derivative(
+    backward_act: Callable[..., tuple[Tensor | None, ...]],
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    shift: Tensor,
+    mask: Tensor | None,
+    strides: Sequence[int],
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Return the derivative of relu or leaky_relu, which is piecewise constant, in the accumulate dtype.
+
+    It is the residual's gradient for an output gradient of ones: the backend alone can read its mask.
+    """
+    with torch.no_grad():
+        ones = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
+        passed = backward_act(
+            *(ones, input, None, weight, mean, inv_std, shift, mask, strides, False),
+            *(False, True, None, None, activation, negative_slope),
+        )[1]
+    assert passed is not None
+    return _reference.passing_derivative(passed == 1.0, activation, negative_slope, mean.dtype)
 
 
 def _differentiable_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:

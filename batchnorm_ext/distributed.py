@@ -12,12 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _operators, _reference
-from .autograd import is_recomputing
+from .autograd import is_recomputing, passing_derivative, what_is_kept
 from .convert import _LAZY, _OURS, _TORCHS
-from .functional import _check_eps, _kernels_apply
-from .modules import _BatchNorm
+from .functional import _check_eps, _kernels_apply, check_activation
+from .modules import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNorm, _BatchNormAct
 
-__all__ = ["BatchNormNd", "SyncBatchNorm", "SyncBatchNormFunction", "revert_sync_batchnorm"]
+__all__ = [
+    "BatchNormActNd",
+    "BatchNormNd",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "SyncBatchNormFunction",
+    "revert_sync_batchnorm",
+]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -75,10 +82,11 @@ class _DifferentiableSum(torch.autograd.Function):
 class SyncBatchNormFunction(torch.autograd.Function):
     """Training batch norm over the joint batch of a process group, with first and second derivatives.
 
-    ``SyncBatchNormFunction.apply(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-    skip_nonfinite, group, ranks)`` returns the output for this process's part of the batch; `group` is the name of
-    the process group and `ranks` its size. One collective in forward, one in backward if the input needs a gradient.
-    Use `SyncBatchNorm` unless you build an operation of your own.
+    ``SyncBatchNormFunction.apply(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+    momentum, eps, skip_nonfinite, activation, negative_slope, group, ranks)`` returns the output for this process's
+    part of the batch; `group` is the name of the process group and `ranks` its size. One collective in forward, one in
+    backward if the input needs a gradient. Use `SyncBatchNorm` or `SyncBatchNormAct` unless you build an operation of
+    your own.
 
     Notes
     -----
@@ -90,6 +98,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
@@ -98,10 +107,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         skip_nonfinite: bool,
+        activation: str,
+        negative_slope: float,
         group: str,
         ranks: int,
     ) -> Tensor:
-        native = _kernels_apply(input, running_mean, running_var, weight, bias, num_batches_tracked)
+        native = _kernels_apply(
+            input, running_mean, running_var, weight, bias, num_batches_tracked, residual
+        )
         steps = _operators.steps() if native else _reference  # which works on any device
         records = _gather(steps.channel_statistics(input), group, ranks)
         # On the device, so that the host waits for nothing.
@@ -112,74 +125,105 @@ class SyncBatchNormFunction(torch.autograd.Function):
         mean, variance, count = steps.finalize_statistics(
             records, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite
         )
-        output, mean, inv_std = steps.normalize(input, weight, bias, mean, variance, eps)
-
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        need_dx, _, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        need_deviation = need_dx or need_dweight
+        with_mask, smooth = what_is_kept(activation, residual is not None, need_deviation)
+        shift = mask = None
+        if residual is None and activation == "identity":
+            output, mean, inv_std = steps.normalize(input, weight, bias, mean, variance, eps)
+        else:
+            output, mean, inv_std, shift, mask = steps.normalize_act(
+                *(input, residual, weight, bias, mean, variance, eps),
+                *(activation, negative_slope, with_mask),
+            )
         ctx.native, ctx.eps, ctx.group = native, eps, group
+        ctx.epilogue = activation, negative_slope
+        ctx.strides = output.stride()
         ctx.dweight_dtype = weight.dtype if weight is not None and need_dweight else None
         ctx.dbias_dtype = bias.dtype if bias is not None and need_dbias else None
+        need_input = need_deviation or smooth
         ctx.save_for_backward(
-            input if need_dx or need_dweight else None,
-            weight if need_dx else None,
+            input if need_input else None,
+            residual if smooth else None,
+            weight if need_dx or need_input else None,
+            bias if smooth else None,
             mean,
             inv_std,
+            shift,
+            mask if with_mask else None,
             count,
         )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, inv_std, count = ctx.saved_tensors
-        need_dx = ctx.needs_input_grad[0]
+        input, residual, weight, bias, mean, inv_std, shift, mask, count = ctx.saved_tensors
+        need_dx, need_dresidual = ctx.needs_input_grad[:2]
+        steps = _operators.steps() if ctx.native else _reference
+        activation = ctx.epilogue[0]
         dx = dweight = dbias = None
+        dresidual = grad_output
         if torch.is_grad_enabled():
             # Someone will differentiate these gradients: build them of differentiable operations, with the batch
             # statistics a function of every rank's input again.
-            dx, sum_dy_xhat, sum_dy = _differentiable_gradients(
-                grad_output, input, weight, count, ctx.eps, need_dx, ctx.group
+            derivative = None
+            if _reference.is_passing(activation):
+                derivative = passing_derivative(
+                    *(steps.backward_act, grad_output, input, weight, mean, inv_std, shift, mask),
+                    *(ctx.strides, *ctx.epilogue),
+                )
+            dx, dresidual, sum_dy_xhat, sum_dy = _differentiable_gradients(
+                *(grad_output, input, residual, weight, bias, count, ctx.eps),
+                *(derivative, activation, need_dx, ctx.group),
             )
         else:
-            steps = _operators.steps() if ctx.native else _reference
             need_sum_dy_xhat = need_dx or ctx.dweight_dtype is not None
-            _, sum_dy_xhat, sum_dy = steps.backward(
-                grad_output,
-                input,
-                None,
-                mean,
-                inv_std,
-                True,
-                False,
-                torch.float64 if need_sum_dy_xhat else None,
-                torch.float64,
-            )
-            if need_dx:
-                sums = _sum(torch.cat((sum_dy, sum_dy_xhat)), ctx.group)
-                dx = steps.input_gradient(
-                    grad_output, input, weight, mean, inv_std, *sums.chunk(2), count
+            sums_wanted = (torch.float64 if need_sum_dy_xhat else None, torch.float64)
+            fused = (residual, weight, mean, inv_std, shift, mask)
+            if activation == "identity":
+                _, sum_dy_xhat, sum_dy = steps.backward(
+                    grad_output, input, None, mean, inv_std, True, False, *sums_wanted
                 )
+            else:
+                _, dresidual, sum_dy_xhat, sum_dy = steps.backward_act(
+                    *(grad_output, input, *fused, ctx.strides, True, False, need_dresidual),
+                    *(*sums_wanted, *ctx.epilogue),
+                )
+            if need_dx:
+                sums = _sum(torch.cat((sum_dy, sum_dy_xhat)), ctx.group).chunk(2)
+                if activation == "identity":
+                    dx = steps.input_gradient(
+                        grad_output, input, weight, mean, inv_std, *sums, count
+                    )
+                else:
+                    dx = steps.input_gradient_act(
+                        grad_output, input, *fused, *sums, count, *ctx.epilogue
+                    )
         if ctx.dweight_dtype is not None and sum_dy_xhat is not None:
             dweight = sum_dy_xhat.to(ctx.dweight_dtype)
         if ctx.dbias_dtype is not None:
             dbias = sum_dy.to(ctx.dbias_dtype)
-        return (dx, dweight, dbias, None, None, None, None, None, None, None, None)
+        return (dx, dresidual if need_dresidual else None, dweight, dbias, *[None] * 10)
 
 
 def _differentiable_gradients(
     grad_output: Tensor,
     input: Tensor | None,
+    residual: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     count: Tensor,
     eps: float,
+    derivative: Tensor | None,
+    activation: str,
     need_dx: bool,
     group: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Return (dx, sum_dy_xhat, sum_dy), the sums over this process's samples."""
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Return (dx, dresidual, sum_dy_xhat, sum_dy), the sums over this process's samples.
+
+    `derivative` is that of the activation where it is piecewise constant.
+    """
     dims = _reference.reduced_dims(grad_output)
-    dy = grad_output.double()
-    sum_dy = dy.sum(dims)
-    if input is None:
-        return None, None, sum_dy
-    x = input.double()
 
     def over_ranks(values: Tensor) -> Tensor:
         return _DifferentiableSum.apply(values, group)
@@ -187,18 +231,34 @@ def _differentiable_gradients(
     def per_channel(vector: Tensor) -> Tensor:
         return _reference.per_channel(vector, grad_output)
 
-    mean = over_ranks(x.sum(dims)) / count
-    centred = x - per_channel(mean)
-    variance = over_ranks(centred.square().sum(dims)) / count
-    inv_std = (variance + eps).rsqrt()
-    xhat = centred * per_channel(inv_std)
+    xhat = inv_std = None
+    if input is not None:
+        x = input.double()
+        mean = over_ranks(x.sum(dims)) / count
+        centred = x - per_channel(mean)
+        variance = over_ranks(centred.square().sum(dims)) / count
+        inv_std = (variance + eps).rsqrt()
+        xhat = centred * per_channel(inv_std)
+        if derivative is None and activation != "identity":
+            u = xhat if weight is None else xhat * per_channel(weight)
+            u = u if bias is None else u + per_channel(bias)
+            u = u if residual is None else u + residual
+            derivative = _reference.activation_derivative(u, activation, 0.0)
+    dy = grad_output.double()
+    dresidual = grad_output
+    if derivative is not None:
+        dy = dy * derivative
+        dresidual = dy.to(grad_output.dtype)
+    sum_dy = dy.sum(dims)
+    if input is None or xhat is None or inv_std is None:
+        return None, dresidual, None, sum_dy
     sum_dy_xhat = (dy * xhat).sum(dims)
     if not need_dx:
-        return None, sum_dy_xhat, sum_dy
+        return None, dresidual, sum_dy_xhat, sum_dy
     mean_dy, mean_dy_xhat = (over_ranks(torch.cat((sum_dy, sum_dy_xhat))) / count).chunk(2)
     scale = inv_std if weight is None else inv_std * weight
     dx = (dy - per_channel(mean_dy) - xhat * per_channel(mean_dy_xhat)) * per_channel(scale)
-    return dx.to(input.dtype), sum_dy_xhat, sum_dy
+    return dx.to(input.dtype), dresidual, sum_dy_xhat, sum_dy
 
 
 # ---- modules ------------------------------------------------------------------------------------
@@ -286,7 +346,18 @@ class SyncBatchNorm(BatchNormNd):
         group = self._synchronising_group() if self.training else None
         if group is None:
             return super().forward(input)
+        return self._synchronised(input, None, "identity", 0.0, group)
+
+    def _synchronised(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        negative_slope: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
         self._check_input_dim(input)
+        _reference.check_residual(residual, input)
         _check_eps(self.eps, True)
         running_mean = running_var = num_batches_tracked = None
         momentum = self.momentum
@@ -306,6 +377,7 @@ class SyncBatchNorm(BatchNormNd):
                 running_mean = running_var = num_batches_tracked = None
         return SyncBatchNormFunction.apply(
             input,
+            residual,
             self.weight,
             self.bias,
             running_mean,
@@ -314,6 +386,8 @@ class SyncBatchNorm(BatchNormNd):
             momentum,
             self.eps,
             self.skip_nonfinite,
+            activation,
+            negative_slope,
             group.group_name,
             group.size(),
         )
@@ -339,7 +413,7 @@ class SyncBatchNorm(BatchNormNd):
         """Make every batch norm in `module`, and `module` itself if it is one, a `SyncBatchNorm`.
 
         Torch's ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` and this package's modules are converted, lazy ones when
-        they materialise. Each stays the same object: parameters, buffers, hooks, frozen state, flags, and every
+        they materialise; those with an activation become a `SyncBatchNormAct` with the same. Each stays the same object: parameters, buffers, hooks, frozen state, flags, and every
         reference to it (shared modules too) are untouched. Classes derived from them may have a forward of their
         own, which would be lost: they are left alone, with a warning.
 
@@ -360,7 +434,7 @@ class SyncBatchNorm(BatchNormNd):
             kind = type(child)
             if kind in _CONVERTED:
                 child._reverts_to = kind
-                child.__class__ = cls
+                child.__class__ = SyncBatchNormAct if issubclass(kind, _BatchNormAct) else cls
             elif kind in _LAZY:
                 child._reverts_to = child.cls_to_become
                 child.cls_to_become = cls
@@ -377,8 +451,39 @@ class SyncBatchNorm(BatchNormNd):
         return module
 
 
+class BatchNormActNd(_BatchNormAct, BatchNormNd):
+    """``activation(batch_norm(input) + residual)`` of inputs with any number of dimensions.
+
+    What `revert_sync_batchnorm` makes of a `SyncBatchNormAct` that never was a module of known dimension.
+    """
+
+
+class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
+    """``activation(batch_norm(input) + residual)`` over the joint batch of all processes of a group.
+
+    :class:`SyncBatchNorm` with what `BatchNormAct2d` adds to `BatchNorm2d`: the keyword arguments `activation`,
+    `negative_slope` and `inplace`, and an optional residual as forward's second argument. Synchronised calls never
+    take the input's memory, which `inplace` only permits.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return this process's part of the output, in the dtype and memory order of `input`."""
+        group = self._synchronising_group() if self.training else None
+        if group is None:
+            return super().forward(input, residual)
+        check_activation(self.activation, self.negative_slope, self.inplace)
+        return self._synchronised(input, residual, self.activation, self.negative_slope, group)
+
+
 # What `convert_sync_batchnorm` converts; what it does not know the dimension of reverts to BatchNormNd.
-_CONVERTED = frozenset((*_OURS, *_TORCHS, nn.SyncBatchNorm, BatchNormNd))
+_CONVERTED = frozenset(
+    (
+        *_OURS,
+        *_TORCHS,
+        *(BatchNormAct1d, BatchNormAct2d, BatchNormAct3d),
+        *(nn.SyncBatchNorm, BatchNormNd, BatchNormActNd),
+    )
+)
 
 
 def revert_sync_batchnorm(module: _M) -> _M:
@@ -386,7 +491,7 @@ def revert_sync_batchnorm(module: _M) -> _M:
 
     Modules made by `SyncBatchNorm.convert_sync_batchnorm` become what they were. If torch's class cannot do what was
     asked of them since (frozen, `skip_nonfinite`), they become this package's class of the same name. Modules made as
-    `SyncBatchNorm`, this package's or torch's, become `BatchNormNd`.
+    `SyncBatchNorm`, this package's or torch's, become `BatchNormNd`, those made as `SyncBatchNormAct` `BatchNormActNd`.
 
     Parameters
     ----------
@@ -403,7 +508,8 @@ def revert_sync_batchnorm(module: _M) -> _M:
             child.cls_to_become = child.__dict__.pop("_reverts_to", child.cls_to_become)
             child.__dict__.pop("process_group", None)
         elif isinstance(child, (SyncBatchNorm, nn.SyncBatchNorm)):
-            kind = child.__dict__.pop("_reverts_to", BatchNormNd)
+            unknown = BatchNormActNd if isinstance(child, SyncBatchNormAct) else BatchNormNd
+            kind = child.__dict__.pop("_reverts_to", unknown)
             if kind is nn.SyncBatchNorm:
                 kind = BatchNormNd
             if isinstance(child, SyncBatchNorm) and (child.frozen or child.skip_nonfinite):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from checks import assert_bitwise, no_synchronisation
 from inputs import channels_last, sliced_batch
-from oracle import BatchNorm, Exact
+from oracle import BatchNorm, BatchNormAct, Exact
 from ranks import Ranks
 from tolerances import assert_matches
 from torch import nn
@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm_ext
-from batchnorm_ext import SyncBatchNorm, revert_sync_batchnorm
-from batchnorm_ext.distributed import BatchNormNd, SyncBatchNormFunction
+from batchnorm_ext import SyncBatchNorm, SyncBatchNormAct, revert_sync_batchnorm
+from batchnorm_ext.distributed import BatchNormActNd, BatchNormNd, SyncBatchNormFunction
 
 # How many samples each rank has: uneven, and with ranks that have none.
 PARTS = {1: (6,), 2: (4, 3), 3: (3, 0, 4), 4: (0, 2, 1, 5)}
@@ -127,6 +127,48 @@ def test_equals_one_process_on_the_joined_batch(ranks, parts, dtype, layout):
 @pytest.mark.parametrize("spatial", [(), (9,), (2, 3, 4)], ids=["2-D", "3-D", "5-D"])
 def test_inputs_of_any_rank(ranks, spatial):
     ranks.run(2, matches_the_joined_batch, (3, 2), torch.float32, torch.clone, spatial)
+
+
+def fused_matches_the_joined_batch(
+    rank: int, parts: tuple[int, ...], dtype: torch.dtype, activation: str
+) -> None:
+    x, residual, dy = (tensor(sum(parts), 5, 3, 7, seed=s).to(dtype) for s in range(3))
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    module = parametrized(SyncBatchNormAct(5, dtype=accumulate, activation=activation))
+    own = part_of(parts, rank)
+    for added in (None, residual):
+        module.zero_grad()
+        expected = BatchNormAct(
+            x,
+            *(module.weight, module.bias, module.running_mean, module.running_var),
+            residual=added,
+            activation_name=activation,
+        )
+        dx, dweight, dbias, dresidual = expected.gradients(dy)
+        mine = channels_last(x[own]).requires_grad_()
+        shortcut = None if added is None else added[own].clone().requires_grad_()
+        y = module(mine, shortcut)
+        y.backward(dy[own])
+        checked = [(y, expected.y, "y"), (mine.grad, dx, "dx")]
+        if shortcut is not None:
+            checked.append((shortcut.grad, dresidual, "dresidual"))
+        for actual, exact, quantity in checked:
+            assert_matches(actual, Exact(exact.value[own], exact.scale[own]), quantity)
+        assert_matches(module.running_mean, expected.running_mean, "running_mean", dtype)
+        for gradient, exact, quantity in (
+            (module.weight.grad, dweight, "dweight"),
+            (module.bias.grad, dbias, "dbias"),
+        ):
+            total = gradient.double()
+            dist.all_reduce(total)
+            assert_matches(total, exact, quantity, dtype)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "elu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [PARTS[2], PARTS[3]], ids=str)
+def test_fused_activation_and_residual(ranks, parts, dtype, activation):
+    ranks.run(len(parts), fused_matches_the_joined_batch, parts, dtype, activation)
 
 
 def agrees_with_torch(rank: int, parts: tuple[int, ...]) -> None:
@@ -299,6 +341,32 @@ def differentiates_twice(rank: int) -> None:
 
 def test_double_backward(ranks):
     ranks.run(3, differentiates_twice)
+
+
+def fused_differentiates_twice(rank: int) -> None:
+    parts = PARTS[3]
+    x, residual, dy, v = (tensor(sum(parts), 3, 4, seed=s) for s in range(4))
+    own = part_of(parts, rank)
+
+    def second(module: nn.Module, *tensors: torch.Tensor) -> list[Any]:
+        x, residual, dy = (t.clone().requires_grad_() for t in tensors[:3])
+        (dx,) = torch.autograd.grad(module(x, residual), x, dy, create_graph=True)
+        wanted = x, residual, dy, module.weight
+        return list(torch.autograd.grad(dx, wanted, tensors[3], materialize_grads=True))
+
+    for activation in ("identity", "leaky_relu", "silu"):
+        module = parametrized(SyncBatchNormAct(3, activation=activation).double())
+        joined = batchnorm_ext.BatchNormAct1d(3, activation=activation).double()
+        joined.load_state_dict(module.state_dict())
+        actual = second(module, x[own], residual[own], dy[own], v[own])
+        expected = second(joined, x, residual, dy, v)
+        dist.all_reduce(actual[3])
+        for a, e in zip(actual, [*(e[own] for e in expected[:3]), expected[3]], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+def test_double_backward_of_fused_calls(ranks):
+    ranks.run(3, fused_differentiates_twice)
 
 
 def checkpointed(rank: int) -> None:
@@ -605,6 +673,21 @@ def test_conversion_of_a_single_module_and_repeated_conversion():
     assert type(revert_sync_batchnorm(module)) is nn.BatchNorm1d
 
 
+def test_conversion_keeps_activations():
+    fused = batchnorm_ext.BatchNormAct2d(3, activation="leaky_relu", negative_slope=0.2)
+    model = nn.Sequential(fused, SyncBatchNormAct(3, activation="silu"))
+    x = torch.randn(4, 3, 5, 5)
+    expected = copy.deepcopy(fused)(x)
+    SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(fused) is SyncBatchNormAct
+    assert "activation=leaky_relu, negative_slope=0.2" in repr(fused)
+    assert_bitwise(fused(x), expected)
+    revert_sync_batchnorm(model)
+    assert [type(m) for m in model] == [batchnorm_ext.BatchNormAct2d, BatchNormActNd]
+    assert model[1].activation == "silu"
+    assert_bitwise(model[0].eval()(x), copy.deepcopy(fused).eval()(x))
+
+
 def test_revert_keeps_what_torch_cannot_do():
     module = SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(3))
     module.freeze()
@@ -692,6 +775,7 @@ def synchronised_step(
     """A step of the module with the collectives that a group of one would not need."""
     y = SyncBatchNormFunction.apply(
         x,
+        None,
         module.weight,
         module.bias,
         module.running_mean,
@@ -700,6 +784,8 @@ def synchronised_step(
         module.momentum,
         module.eps,
         module.skip_nonfinite,
+        "identity",
+        0.0,
         dist.group.WORLD.group_name,
         1,
     )

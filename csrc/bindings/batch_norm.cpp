@@ -9,50 +9,6 @@
 #include "bindings/device_call.h"
 
 namespace batchnorm_ext::bindings {
-namespace {
-
-constexpr std::pair<std::string_view, Activation> activations[] = {
-    {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
-    {"elu", Activation::elu},           {"silu", Activation::silu}, {"hardswish", Activation::hardswish},
-};
-
-Activation checked_activation(std::string_view name) {
-  const auto activation = activation_of(name);
-  TORCH_CHECK_VALUE(activation.has_value(),
-                    "activation must be one of identity, relu, leaky_relu, elu, silu, hardswish, got '", name, "'");
-  return *activation;
-}
-
-// In the memory order of x.
-Tensor checked_residual(const OptionalTensor& residual, const Tensor& x) {
-  if (!residual.has_value()) return {};
-  check_like_input("residual", *residual, x);
-  return dense_as(*residual, x);
-}
-
-// A mask as forward_act returned it for this shape.
-const uint8_t* checked_mask(const OptionalTensor& mask, Activation activation, const Shape& shape, const Tensor& dy) {
-  if (!mask.has_value()) return nullptr;
-  TORCH_CHECK(has_one_bit_derivative(activation), "mask is that of relu or leaky_relu");
-  const int64_t bytes = mask_bytes(shape);
-  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 1 && mask->numel() == bytes && mask->is_contiguous() &&
-                  mask->device() == dy.device(),
-              "mask must be what forward_act returned: ", bytes, " contiguous bytes on ", dy.device());
-  return mask->const_data_ptr<uint8_t>();
-}
-
-Epilogue epilogue_of(Activation activation, double negative_slope, const Tensor& residual) {
-  return {activation, negative_slope, residual.defined() ? residual.const_data_ptr() : nullptr};
-}
-
-}  // namespace
-
-std::optional<Activation> activation_of(std::string_view name) {
-  for (const auto& [known, activation] : activations) {
-    if (name == known) return activation;
-  }
-  return std::nullopt;
-}
 
 Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
                         const OptionalTensor& running_mean_arg, const OptionalTensor& running_var_arg,
@@ -82,14 +38,13 @@ Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, c
   const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
   const Tensor mean = at::empty({channels}, statistics);
   const Tensor inv_std = at::empty({channels}, statistics);
-  Tensor shift, mask;
   const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
 
   ForwardParams params;
   params.shape = shape_of(x);
   params.dtype = dtype;
+  params.y = y.mutable_data_ptr();  // first: it may move the memory, which may be x's
   params.x = x.const_data_ptr();
-  params.y = y.mutable_data_ptr();
   params.weight = channel_vector(weight);
   params.bias = channel_vector(bias);
   params.running.mean = mutable_channel_vector(updated_mean.compact());
@@ -102,15 +57,8 @@ Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, c
   params.batch_statistics = training;
   params.mean = mean.mutable_data_ptr();
   params.inv_std = inv_std.mutable_data_ptr();
-  if (fusion != nullptr) {
-    shift = at::empty({channels}, statistics);
-    params.shift = shift.mutable_data_ptr();
-    params.epilogue = epilogue_of(fusion->activation, fusion->negative_slope, residual);
-    if (fusion->with_mask) {
-      mask = at::empty({mask_bytes(params.shape)}, input.options().dtype(at::kByte));
-      params.mask = mask.mutable_data_ptr<uint8_t>();
-    }
-  }
+  ShiftAndMask saved;
+  if (fusion != nullptr) saved = fuse(params, *fusion, residual, mean);
   run(params, x);
 
   if (training) {
@@ -118,7 +66,7 @@ Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, c
     updated_var.publish();
     UpdatedBuffer(counter).publish();
   }
-  return {y, mean, inv_std, shift, mask};
+  return {y, mean, inv_std, saved.shift, saved.mask};
 }
 
 Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight_arg,
@@ -130,18 +78,15 @@ Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, 
   const DType dtype = dtype_of(grad_output.scalar_type());
   check_device(grad_output);
   const bool need_deviation = dweight_dtype.has_value() || (training && need_dx);
-  const bool need_u = fusion != nullptr && fusion->activation != Activation::identity && !fusion->mask.has_value();
+  const bool need_u = fusion != nullptr && fusion->need_u();
   const bool need_x = need_deviation || need_u;
   TORCH_CHECK(!need_x || input.has_value(), "input is needed for the gradients asked for");
   if (need_x) check_like_input("grad_output", grad_output, *input);
   const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
   check_saved("mean", mean, grad_output);
   check_saved("inv_std", inv_std, grad_output);
-  if (fusion != nullptr) {
-    check_saved("shift", fusion->shift, grad_output);
-    TORCH_CHECK(need_x || static_cast<int64_t>(fusion->strides.size()) == grad_output.dim(), "strides must have ",
-                grad_output.dim(), " values, got ", fusion->strides);
-  }
+  TORCH_CHECK(fusion == nullptr || need_x || static_cast<int64_t>(fusion->strides.size()) == grad_output.dim(),
+              "strides must be those of the output");
 
   const Tensor x = need_x ? dense(*input) : Tensor();
   const Tensor dy = need_x              ? dense_as(grad_output, x)
@@ -151,7 +96,8 @@ Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, 
   const Tensor dx = need_dx ? at::empty_like(dy) : Tensor();
   const Tensor dweight = dweight_dtype ? at::empty({channels}, vector_options(*dweight_dtype)) : Tensor();
   const Tensor dbias = dbias_dtype ? at::empty({channels}, vector_options(*dbias_dtype)) : Tensor();
-  Tensor residual, dresidual;
+  const Tensor residual = need_u ? checked_residual(fusion->residual, x) : Tensor();
+  const Tensor dresidual = fusion != nullptr && fusion->need_dresidual ? at::empty_like(dy) : Tensor();
 
   BackwardParams params;
   params.shape = shape_of(dy);
@@ -165,17 +111,7 @@ Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, 
   params.dweight = mutable_channel_vector(dweight);
   params.dbias = mutable_channel_vector(dbias);
   params.batch_statistics = training;
-  if (fusion != nullptr) {
-    if (need_u) residual = checked_residual(fusion->residual, x);
-    params.epilogue = epilogue_of(fusion->activation, fusion->negative_slope, residual);
-    params.shift = fusion->shift.const_data_ptr();
-    params.mask = checked_mask(fusion->mask, fusion->activation, params.shape, dy);
-    params.x_is_output = fusion->input_is_output;
-    if (fusion->need_dresidual) {
-      dresidual = at::empty_like(dy);
-      params.dresidual = dresidual.mutable_data_ptr();
-    }
-  }
+  if (fusion != nullptr) fuse(params, *fusion, residual, dresidual, dy);
   run(params, dy);
   return {dx, dresidual, dweight, dbias};
 }

@@ -5,26 +5,10 @@
 #include <string_view>
 #include <tuple>
 
+#include "bindings/fusion.h"
 #include "bindings/tensors.h"
 
 namespace batchnorm_ext::bindings {
-
-// Of a name in Python; nothing if there is no such activation.
-std::optional<Activation> activation_of(std::string_view name);
-
-// Whether one bit an element, whether it passes, is all that the derivative depends on.
-inline bool has_one_bit_derivative(Activation activation) {
-  return activation == Activation::relu || activation == Activation::leaky_relu;
-}
-
-// What a fused call asks for beyond batch norm: y = activation(batch_norm(x) + residual).
-struct Fusion {
-  Activation activation = Activation::identity;
-  double negative_slope = 0.0;
-  OptionalTensor residual;
-  bool with_mask = false;  // forward: also one bit an element, which passes
-  bool in_place = false;   // forward: the output takes the memory of the input, where that is dense
-};
 
 // Results of forward; those that were not asked for are undefined.
 struct Normalized {
@@ -36,18 +20,6 @@ Normalized forward_call(const Tensor& input, const OptionalTensor& weight, const
                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
                         const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
                         double eps, bool skip_nonfinite, const Fusion* fusion);
-
-// What forward_call left of a fused call, and what its backward is asked for beyond batch norm's gradients.
-struct FusedBackward {
-  Activation activation = Activation::identity;
-  double negative_slope = 0.0;
-  OptionalTensor residual;
-  Tensor shift;
-  OptionalTensor mask;      // serves instead of input, residual and weight for the activation's derivative
-  at::IntArrayRef strides;  // of the output
-  bool need_dresidual = false;
-  bool input_is_output = false;  // the call was in place: input is inverted
-};
 
 // Gradients of forward; those that were not asked for are undefined.
 struct Gradients {

@@ -21,14 +21,6 @@
 namespace batchnorm_ext::bindings {
 namespace {
 
-// Operator results are always defined: what was not asked for comes back with no elements.
-template <class... Results>
-void define(const Tensor& like, Results&... results) {
-  for (Tensor* result : {&results...}) {
-    if (!result->defined()) *result = at::empty({0}, like.options());
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward_operator(const Tensor& grad_output, const OptionalTensor& input,
                                                      const OptionalTensor& weight, const Tensor& mean,
                                                      const Tensor& inv_std, bool training, bool need_dx,

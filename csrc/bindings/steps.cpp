@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "bindings/batch_norm.h"
 #include "bindings/device_call.h"
 
 namespace batchnorm_ext::bindings {
@@ -97,9 +98,10 @@ std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, co
   return {mean, variance, count};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight_arg,
-                                             const OptionalTensor& bias_arg, const Tensor& joined_mean,
-                                             const Tensor& joined_variance, double eps) {
+namespace {
+
+Normalized normalize_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
+                          const Tensor& joined_mean, const Tensor& joined_variance, double eps, const Fusion* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(input);
   const DType dtype = dtype_of(input.scalar_type());
@@ -110,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const Optional
   check_float64("variance", joined_variance, channels, input);
 
   const Tensor x = dense(input);
+  const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
   const Tensor y = at::empty_like(x);
   const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
   const Tensor mean = at::empty({channels}, statistics);
@@ -127,13 +130,15 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const Optional
   params.batch_statistics = false;
   params.mean = mean.mutable_data_ptr();
   params.inv_std = inv_std.mutable_data_ptr();
+  ShiftAndMask saved;
+  if (fusion != nullptr) saved = fuse(params, *fusion, residual, mean);
   run(params, x);
-  return {y, mean, inv_std};
+  return {y, mean, inv_std, saved.shift, saved.mask};
 }
 
-Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_arg,
-                      const Tensor& mean, const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
-                      const Tensor& count) {
+Tensor input_gradient_call(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_arg,
+                           const Tensor& mean, const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
+                           const Tensor& count, const FusedBackward* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(grad_output);
   const DType dtype = dtype_of(grad_output.scalar_type());
@@ -148,6 +153,7 @@ Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const Opti
 
   const Tensor x = dense(input);
   const Tensor dy = dense_as(grad_output, x);
+  const Tensor residual = fusion != nullptr && fusion->need_u() ? checked_residual(fusion->residual, x) : Tensor();
   const Tensor dx = at::empty_like(dy);
   BackwardParams params{};
   params.shape = shape_of(dy);
@@ -161,8 +167,43 @@ Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const Opti
   params.batch_statistics = true;
   params.joined = {sum_dy.const_data_ptr<double>(), sum_dy_xhat.const_data_ptr<double>(),
                    count.const_data_ptr<double>()};
+  if (fusion != nullptr) fuse(params, *fusion, residual, /*dresidual=*/{}, dy);
   run(params, dy);
   return dx;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const Tensor& mean, const Tensor& variance,
+                                             double eps) {
+  auto result = normalize_call(input, weight, bias, mean, variance, eps, nullptr);
+  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_act(const Tensor& input, const OptionalTensor& residual,
+                                                                 const OptionalTensor& weight,
+                                                                 const OptionalTensor& bias, const Tensor& mean,
+                                                                 const Tensor& variance, double eps,
+                                                                 std::string_view activation, double negative_slope,
+                                                                 bool with_mask) {
+  const Fusion fusion{checked_activation(activation), negative_slope, residual, with_mask};
+  auto result = normalize_call(input, weight, bias, mean, variance, eps, &fusion);
+  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std), std::move(result.shift),
+          std::move(result.mask)};
+}
+
+Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& mean,
+                      const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& count) {
+  return input_gradient_call(grad_output, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count, nullptr);
+}
+
+Tensor input_gradient_act(const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std, const Tensor& shift,
+                          const OptionalTensor& mask, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
+                          const Tensor& count, std::string_view activation, double negative_slope) {
+  const FusedBackward fusion{checked_activation(activation), negative_slope, residual, shift, mask};
+  return input_gradient_call(grad_output, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count, &fusion);
 }
 
 void define_steps(pybind11::module_& module) {
@@ -177,10 +218,32 @@ void define_steps(pybind11::module_& module) {
   module.def("normalize", &normalize, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"),
              py::arg("variance"), py::arg("eps"), without_gil,
              "Normalise with float64 statistics. Returns (output, mean, inv_std).");
+  module.def("normalize_act", &normalize_act, py::arg("input"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+             py::arg("mean"), py::arg("variance"), py::arg("eps"), py::arg("activation"), py::arg("negative_slope"),
+             py::arg("with_mask"), without_gil,
+             "normalize, then add residual and apply the activation. Returns (output, mean, inv_std, shift, mask).");
+  module.def("input_gradient_act", &input_gradient_act, py::arg("grad_output"), py::arg("input"), py::arg("residual"),
+             py::arg("weight"), py::arg("mean"), py::arg("inv_std"), py::arg("shift"), py::arg("mask"),
+             py::arg("sum_dy"), py::arg("sum_dy_xhat"), py::arg("count"), py::arg("activation"),
+             py::arg("negative_slope"), without_gil, "input_gradient of a fused call.");
   module.def("input_gradient", &input_gradient, py::arg("grad_output"), py::arg("input"), py::arg("weight"),
              py::arg("mean"), py::arg("inv_std"), py::arg("sum_dy"), py::arg("sum_dy_xhat"), py::arg("count"),
              without_gil, "dx, for sums over a batch of `count` samples that input is a part of.");
 }
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_act_operator(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& variance, double eps, std::string_view activation, double negative_slope,
+    bool with_mask) {
+  auto results =
+      normalize_act(input, residual, weight, bias, mean, variance, eps, activation, negative_slope, with_mask);
+  define(input, std::get<4>(results));
+  return results;
+}
+
+}  // namespace
 
 void register_step_operators() {
   static torch::Library library(torch::Library::FRAGMENT, "batchnorm_ext", std::nullopt, __FILE__, __LINE__);
@@ -194,7 +257,16 @@ void register_step_operators() {
   library.def(
       "input_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor inv_std, Tensor sum_dy, "
       "Tensor sum_dy_xhat, Tensor count) -> Tensor");
+  library.def(
+      "normalize_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, "
+      "float eps, str activation, float negative_slope, bool with_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "input_gradient_act(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor mean, "
+      "Tensor inv_std, Tensor shift, Tensor? mask, Tensor sum_dy, Tensor sum_dy_xhat, Tensor count, str activation, "
+      "float negative_slope) -> Tensor");
   for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) {
+    library.impl("normalize_act", torch::dispatch(key, TORCH_FN(normalize_act_operator)));
+    library.impl("input_gradient_act", torch::dispatch(key, TORCH_FN(input_gradient_act)));
     library.impl("channel_statistics", torch::dispatch(key, TORCH_FN(channel_statistics)));
     library.impl("finalize_statistics", torch::dispatch(key, TORCH_FN(finalize_statistics)));
     library.impl("normalize", torch::dispatch(key, TORCH_FN(normalize)));

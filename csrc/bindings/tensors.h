@@ -3,6 +3,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -134,6 +135,14 @@ inline MutableChannelVector mutable_channel_vector(const Tensor& contiguous) {
 
 inline Tensor contiguous_or_undefined(const Tensor& tensor) {
   return tensor.defined() ? tensor.contiguous() : tensor;
+}
+
+// Operator results are always defined: what was not asked for comes back with no elements.
+template <class... Results>
+void define(const Tensor& like, Results&... results) {
+  for (Tensor* result : {&results...}) {
+    if (!result->defined()) *result = at::empty({0}, like.options());
+  }
 }
 
 // A buffer that a kernel updates in place: strided buffers are written through a compact copy, and autograd learns of
