@@ -183,14 +183,8 @@ def backward(*arguments: object) -> tuple[Tensor | None, Tensor | None, Tensor |
     )
 
 
-# Whether the native kernels know activations yet; until then the same formulas in PyTorch serve.
-FUSED_KERNELS = False
-
-
 def forward_act(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The backend's `forward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
-    if not FUSED_KERNELS:
-        return _reference.forward_act(*arguments)  # type: ignore[arg-type]
     if not _as_operator():
         return _directly().forward_act(*arguments)
     *results, mask = torch.ops.batchnorm_ext.forward_act(*arguments)
@@ -202,8 +196,6 @@ def backward_act(
     *arguments: object,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The backend's `backward_act`, as an operator where torch.compile or a dispatch mode is to see it."""
-    if not FUSED_KERNELS:
-        return _reference.backward_act(*arguments)  # type: ignore[arg-type]
     if not _as_operator():
         return _directly().backward_act(*arguments)
     results = torch.ops.batchnorm_ext.backward_act(*arguments)

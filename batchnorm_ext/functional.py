@@ -250,7 +250,7 @@ def batch_norm_act_with_counter(
     )
     if residual is None and activation == "identity" and not inplace:
         return batch_norm_with_counter(*call)
-    if _operators.FUSED_KERNELS and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         output = backend().fast_path_act(
             input, residual, *call[1:], activation, negative_slope, inplace
         )
