@@ -175,7 +175,7 @@ def test_compiles_without_a_graph_break(device):
             y = call(x)
             outcomes.append((y, *torch.autograd.grad(y.exp().sum(), x)))
         for actual, expected in zip(*outcomes, strict=True):
-            torch.testing.assert_close(actual, expected)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     for actual, expected in zip(module.buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(actual, expected)
 
