@@ -13,6 +13,7 @@ import torch
 from . import peers
 from .accuracy import accuracy_tasks
 from .contenders import (
+    FUSED_OPS,
     KERNEL_OPS,
     BatchnormExt,
     BatchnormExtFused,
@@ -66,6 +67,7 @@ def default_tasks(options: argparse.Namespace) -> list[Task]:
     batch, size = (64, 224) if options.device == "cuda" else (2, 160)
     return [
         *layer_tasks(scattered(shapes)),
+        *layer_tasks(spread(shapes, 6), FUSED_OPS),
         *overhead_tasks(),
         *accuracy_tasks(),
         *memory_tasks(options.device),
@@ -160,7 +162,7 @@ def _measuring_arguments(command: argparse.ArgumentParser, name: str, budget: fl
         add("--dtype", nargs="+", choices=tuple(DTYPES))
         add("--batch", type=int, default=32 if _has_cuda() else 8)
     if name in ("layers", "sweep"):
-        add("--op", nargs="+", choices=KERNEL_OPS)
+        add("--op", nargs="+", choices=(*KERNEL_OPS, *FUSED_OPS))
     if name == "layers":
         add("--layout", nargs="+", choices=LAYOUTS)
         add("--set", nargs="+", choices=tuple(sets(1)), help="default: the set of the device")

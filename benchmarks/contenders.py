@@ -19,6 +19,8 @@ from batchnorm_ext._extension import backend
 from .problem import Problem, wrong
 
 KERNEL_OPS = ("forward", "backward", "eval")
+# relu(batch_norm(x) + residual), as at the end of a residual block: forward and backward together.
+FUSED_OPS = ("act_forward_backward",)
 MODULE_OPS = ("module_forward", "module_forward_backward", "module_eval")
 
 # The op of the float64 truth that a module op's results are held against.
@@ -33,6 +35,7 @@ MINIMUM_TRAFFIC = {
     "forward": 2,
     "eval": 2,
     "backward": 3,
+    "act_forward_backward": 7,
     "module_forward": 2,
     "module_eval": 2,
     "module_forward_backward": 5,
@@ -52,8 +55,8 @@ class Prepared:
     call
         Runs the op on the buffer set of the given index.
     read
-        Names the results of a call: ``y``; ``dx``, ``dweight`` and ``dbias``. None where there is
-        nothing to verify (the floor).
+        Names the results of a call: ``y``; ``dx``, ``dweight`` and ``dbias``, of fused calls
+        ``dresidual`` too. None where there is nothing to verify (the floor).
     """
 
     call: Callable[[int], Any]
@@ -68,6 +71,7 @@ def _named(*names: str) -> Callable[[Any], dict[str, Tensor]]:
 
 OUTPUT = _named("y")
 GRADIENTS = _named("dx", "dweight", "dbias")
+FUSED_GRADIENTS = _named("dx", "dresidual", "dweight", "dbias")
 
 
 def _with_running(problem: Problem, read: Callable[[Any], dict[str, Tensor]]) -> Any:
@@ -165,6 +169,31 @@ def functional_forward(function: Callable[..., Tensor], problem: Problem, traini
     return call
 
 
+def act_forward_backward(function: Callable[..., Tensor], problem: Problem) -> Prepared:
+    """Both directions of `function`, which takes what `F.batch_norm` takes, and the residual last."""
+    p = problem
+    weight, bias = (one.detach().requires_grad_() for one in (p.weight, p.bias))
+    inputs = [
+        (x.detach().requires_grad_(), residual.detach().requires_grad_())
+        for x, residual in zip(p.x, p.residual, strict=True)
+    ]
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        x, residual = inputs[i]
+        y = function(
+            *(x, p.running_mean, p.running_var, weight, bias, True, p.momentum, p.eps), residual
+        )
+        return torch.autograd.grad(y, (x, residual, weight, bias), p.dy[i])
+
+    return Prepared(call, FUSED_GRADIENTS)
+
+
+def batch_norm_add_relu(*given: Any) -> Tensor:
+    """Torch's operators one by one, in place where a network can write them so."""
+    *arguments, residual = given
+    return F.relu_(F.batch_norm(*arguments).add_(residual))
+
+
 class BatchnormExt(ModuleOps, Contender):
     """This package."""
 
@@ -193,6 +222,15 @@ class BatchnormExt(ModuleOps, Contender):
             GRADIENTS,
         )
 
+    def act_forward_backward(self, problem: Problem) -> Prepared:
+        def fused(*given: Any) -> Tensor:
+            *arguments, residual = given
+            return batchnorm_ext.functional.batch_norm_act(
+                *arguments, residual=residual, activation="relu"
+            )
+
+        return act_forward_backward(fused, problem)
+
     def module(self, problem: Problem) -> nn.Module:
         return batchnorm_ext.convert_batchnorm(torch_module(problem))
 
@@ -217,6 +255,14 @@ class Floor(Contender):
 
     def backward(self, problem: Problem) -> Prepared:
         return Prepared(lambda i: torch.add(problem.x[i], problem.dy[i]), None)
+
+    def act_forward_backward(self, problem: Problem) -> Prepared:
+        p = problem
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            return torch.add(p.x[i], p.residual[i]), p.x[i].clone(), p.dy[i].clone()
+
+        return Prepared(call, None)
 
     def module_forward_backward(self, problem: Problem) -> Prepared:
         x = [one.detach().requires_grad_() for one in problem.x]
@@ -266,6 +312,11 @@ class TorchEager(ModuleOps, Contender):
             )
 
         return Prepared(call, GRADIENTS)
+
+    def act_forward_backward(self, problem: Problem) -> Prepared:
+        if not self.cudnn:
+            raise NotApplicable("the switch is a context manager, which backward leaves")
+        return act_forward_backward(batch_norm_add_relu, problem)
 
     def module(self, problem: Problem) -> nn.Module:
         return torch_module(problem)
@@ -336,6 +387,10 @@ class TorchCompile(ModuleOps, Contender):
                 return compiled(p.dy[i], p.x[i], p.weight, *saved[i][1:])
 
         return Prepared(call, GRADIENTS)
+
+    def act_forward_backward(self, problem: Problem) -> Prepared:
+        compiled = self._compiled(problem, "act_forward_backward", batch_norm_add_relu)
+        return act_forward_backward(compiled, problem)
 
     def module(self, problem: Problem) -> nn.Module:
         torch._dynamo.reset()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .contenders import KERNEL_OPS, MINIMUM_TRAFFIC, MODULE_OPS, first_line, verified
+from .contenders import FUSED_OPS, KERNEL_OPS, MINIMUM_TRAFFIC, MODULE_OPS, first_line, verified
 from .problem import make_problem
 from .session import Session, Task
 from .shapes import Case, scaling, tiny
@@ -141,7 +141,7 @@ def time_calls(
 def _samplers(
     session: Session, case: Case, op: str, calls: Mapping[str, Call], buffers: int
 ) -> dict[str, Sampler]:
-    make = sampler_for(session.device, host=op not in KERNEL_OPS)
+    make = sampler_for(session.device, host=op not in (*KERNEL_OPS, *FUSED_OPS))
     samplers: dict[str, Sampler] = {}
     for name, call in calls.items():
         try:

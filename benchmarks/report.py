@@ -184,7 +184,8 @@ def _summary(record: Record) -> str:
     keys = ("op", "cache") if on_gpu(record) else ("op",)
     note = (
         "Geometric means with 95 % intervals. The floor is a copy (forward, eval) or a sum "
-        "(backward) by torch that moves the least bytes."
+        "(backward) by torch that moves the least bytes, or a sum and two copies "
+        "(act_forward_backward: relu(batch_norm(x) + residual) and its gradients)."
     )
     return _section("Summary", note, _mean_table(rows, *keys))
 

@@ -45,7 +45,7 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
     }
     expected, traffic = _truth(reference, images, labels)
     calls = {}
-    for name in networks.keys() & session.contenders.keys():
+    for name in (name for name in networks if name in session.contenders):
         if name != "floor":
             error = _relative_error(networks[name], images, labels, expected)
             if not error <= GRADIENT_TOLERANCE:

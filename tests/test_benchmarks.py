@@ -25,6 +25,7 @@ from batchnorm_ext._build import Toolkit  # noqa: E402
 from benchmarks import commands, demo, device_limits, gpu, shapes  # noqa: E402
 from benchmarks.accuracy import measure_accuracy  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
+    FUSED_OPS,
     KERNEL_OPS,
     MODULE_OPS,
     OUTPUT,
@@ -316,6 +317,11 @@ def test_truth_is_what_torch_computes_in_float64(shape: tuple[int, ...]) -> None
         "eval": {"y": evaluated},
         "backward": dict(zip(("dx", "dweight", "dbias"), gradients, strict=True)),
     }
+    residual = problem.residual[0].clone().requires_grad_()
+    y = F.relu(F.batch_norm(x, None, None, weight, bias, True) + residual)
+    gradients = torch.autograd.grad(y, (x, residual, weight, bias), problem.dy[0])
+    names = ("dx", "dresidual", "dweight", "dbias")
+    expected["act_forward_backward"] = dict(zip(names, gradients, strict=True))
     for op, results in expected.items():
         for name, value in truth(problem, op).items():
             found = results[name].detach()
@@ -323,7 +329,7 @@ def test_truth_is_what_torch_computes_in_float64(shape: tuple[int, ...]) -> None
             torch.testing.assert_close(rows, value)
 
 
-@pytest.mark.parametrize("op", [*KERNEL_OPS, *MODULE_OPS])
+@pytest.mark.parametrize("op", [*KERNEL_OPS, *FUSED_OPS, *MODULE_OPS])
 @pytest.mark.parametrize(
     "case",
     [
@@ -345,7 +351,7 @@ def test_contenders_are_verified_and_right(case: Case, op: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", [*KERNEL_OPS, *FUSED_OPS])
 def test_torch_compile_is_verified_and_right(op: str) -> None:
     outcome = verified({"torch_compile": TorchCompile()}, make_problem(SMALL, "cpu"), op)
     assert outcome.excluded == {}
