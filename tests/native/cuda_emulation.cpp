@@ -100,6 +100,13 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  uint64_t group;
+};
+
 struct Fiber {
   Context context;
   unsigned char* stack = nullptr;
@@ -113,6 +120,8 @@ struct Fiber {
   bool spinning = false;
   bool arrived_at_cluster = false;
   uint64_t cluster_generation = 0;
+  std::vector<Copy> copies;  // under way, in their order
+  uint64_t copy_groups = 0;  // committed
 };
 
 struct Engine {
@@ -209,6 +218,7 @@ void fiber_main() {
     (*engine.thread)();
     Fiber& fiber = *engine.current;
     if (fiber.arrived_at_cluster) fail("ended between arriving at its cluster's barrier and waiting there");
+    if (!fiber.copies.empty()) fail("ended with copies under way");
     leave(*fiber.block, fiber.thread / 32, fiber.thread % 32);
     fiber.busy = false;
     suspend();
@@ -316,6 +326,8 @@ class Grid {
       fiber.block = &block;
       fiber.awaited = nullptr;
       fiber.arrived_at_cluster = false;
+      fiber.copies.clear();
+      fiber.copy_groups = 0;
       fiber.busy = true;
       block.warps[t / 32].live |= 1u << t % 32;
     }
@@ -368,6 +380,24 @@ void sync_warp(unsigned mask, int site) {
   } else {
     wait_for(warp.generation);
   }
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  memset(to, 0x5a, bytes);
+  Fiber& fiber = *engine.current;
+  fiber.copies.push_back({to, from, bytes, fiber.copy_groups});
+}
+
+void commit_copies() {
+  ++engine.current->copy_groups;
+}
+
+void wait_for_copies(unsigned pending) {
+  Fiber& fiber = *engine.current;
+  const auto is_awaited = [&](const Copy& copy) { return copy.group + pending < fiber.copy_groups; };
+  const auto first_left = std::find_if_not(fiber.copies.begin(), fiber.copies.end(), is_awaited);
+  for (auto copy = fiber.copies.begin(); copy != first_left; ++copy) memcpy(copy->to, copy->from, copy->bytes);
+  fiber.copies.erase(fiber.copies.begin(), first_left);
 }
 
 void sync_grid() {

@@ -90,6 +90,9 @@ struct Together {
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Together together, const std::function<void()>& thread);
 void sync_block(int site);
 void sync_warp(unsigned mask, int site);
+void copy_async(void* to, const void* from, size_t bytes);  // done when waited for; rubbish until then
+void commit_copies();
+void wait_for_copies(unsigned pending);
 void sync_grid();
 void arrive_at_cluster();
 void wait_for_cluster();

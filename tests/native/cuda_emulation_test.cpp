@@ -150,6 +150,36 @@ void blocks_together() {
          "a grid that cannot be alive at once is refused");
 }
 
+// Copies in three groups, of which it waits for all but `pending`, and reads the second.
+__global__ void copies(const int* in, int* out, int pending, bool waits_at_last) {
+  int* const shared = reinterpret_cast<int*>(emulation::shared_memory()) + threadIdx.x * 3;
+  for (int i = 0; i < 3; ++i) {
+    emulation::copy_async(shared + i, in + i, sizeof(int));
+    emulation::commit_copies();
+  }
+  emulation::wait_for_copies(static_cast<unsigned>(pending));
+  out[threadIdx.x] = shared[1];
+  if (waits_at_last) emulation::wait_for_copies(0);
+}
+
+void asynchronous_copies() {
+  const std::vector<int> in = {7, 8, 9};
+  const auto second = [&](int pending) {
+    std::vector<int> out(32);
+    launch(1, 32, 3 * 32 * sizeof(int), copies, in.data(), out.data(), pending, true);
+    return out[5];
+  };
+  report(second(0) == 8 && second(1) == 8 && second(2) != 8, "copies come when their group is waited for");
+  bool caught = false;
+  try {
+    std::vector<int> out(32);
+    launch(1, 32, 3 * 32 * sizeof(int), copies, in.data(), out.data(), 1, false);
+  } catch (const emulation::EmulationError&) {
+    caught = true;
+  }
+  report(caught, "a thread that ends before its copies have come is caught");
+}
+
 bool is_refused(void (*kernel)(int*)) {
   std::vector<int> out(64);
   try {
@@ -184,6 +214,7 @@ int main() {
     report(is_refused(lanes_that_left), "waiting for lanes that have ended is caught");
 
     blocks_together();
+    asynchronous_copies();
 
     emulation::settings.live_blocks = 4;
     report(blocks_meet(4), "blocks that are alive at once can wait for each other");

@@ -7,6 +7,7 @@
 
 #include "cuda/kernels/pointwise.cuh"
 #include "cuda/kernels/reduce.cuh"
+#include "cuda/primitives/async_copy.cuh"
 #include "cuda/primitives/block_group.cuh"
 #include "cuda/primitives/shared_memory.cuh"
 #include "cuda/primitives/tile_walk.cuh"
@@ -42,10 +43,10 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
   group.end_reading();
 }
 
-// Each group reads its tiles one after the other: a block reads its split once, keeps what it read in shared memory,
-// sums it, exchanges the sums with its group, and maps what it kept by the coefficients that follow: `reduce` and
-// `pointwise` in one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums
-// and the board. Block 0 counts the batch if `num_batches_tracked` is not null; no block may then read it.
+// Each group reads its tiles one after the other: a block copies its split once to shared memory, sums what has come,
+// exchanges the sums with its group, and maps what it kept by the coefficients that follow: `reduce` and `pointwise` in
+// one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums and the board.
+// Block 0 counts the batch if `num_batches_tracked` is not null; no block may then read it.
 template <class Op, class View, int kVector, int kThreads>
 __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typename Op::T, true> : kResidentBlocks)
     resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
@@ -66,20 +67,41 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   const auto place = [&](int vector, int input, int word) {
     return ((vector * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
+  const auto take_kept = [&](auto& packs, auto whole, int index) {
+    for_each_word(packs, [&](auto& pack, int u, int i, int w) {
+      const bool is_kept = whole.value || index + u < thread_vectors;
+      set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+    });
+  };
   if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *num_batches_tracked += 1;
 
 #pragma unroll 1
   while (group.tile() < groups.tiles) {
     const Tile tile = Walk::tile(view, group.tile());
+    Walk copying(view, tile, group.rank());
+    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(copying, [&](const auto& slots, auto whole, int index) {
+      Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
+      if (kAsyncCopies && whole.value) {
+        for_each_word(packs, [&](const auto&, int u, int i, int w) {
+          const T* const address = op.inputs[i] + slots[u].offset;
+          copy_async(kept + place(index + u, i, w), reinterpret_cast<const uint4*>(address) + w);
+        });
+      } else {
+        load<Reuse::none>(whole, packs, op.inputs, slots);
+        for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
+          if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(pack, w);
+        });
+      }
+      commit_copies();
+    });
+
     Walk walk(view, tile, group.rank());
     typename Op::Accumulator sums[kSums];
     begin_sums(op, walk, tile, sums);
     for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
+      wait_for_copies((walk.count() - 1 - index) / Op::kUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-      load<Reuse::none>(whole, packs, op.inputs, slots);
-      for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
-        if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(pack, w);
-      });
+      take_kept(packs, whole, index);
       op.accumulate(whole, sums, packs, slots, index == 0);
     });
 
@@ -100,10 +122,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     take_coefficients(coefficients, of_tile, again);
     for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
-      for_each_word(packs, [&](auto& pack, int u, int i, int w) {
-        const bool is_kept = whole.value || index + u < thread_vectors;
-        set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
-      });
+      take_kept(packs, whole, index);
       map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
     });
     group.end_tile();
