@@ -114,7 +114,7 @@ MEASURING: dict[str, tuple[Callable[[argparse.Namespace], list[Task]], float, st
         lambda options: model_tasks(
             options.batch, options.size, (options.dtype or ["float32"])[0], options.layout[0]
         ),
-        120,
+        240,
         "a training step of ResNet-50: time and memory",
     ),
 }

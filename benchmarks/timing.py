@@ -20,6 +20,8 @@ CPU_BLOCK_S = 1e-4
 SLOW_CALL_S = 0.2
 CUDA_GRAPH_S = 1e-3
 MAX_GRAPH_CALLS = 200
+WALL_BLOCK_S = 2e-2
+MAX_WALL_CALLS = 200
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 PATIENCE, PATIENCE_S = 2.0, 5.0
 COLD_FACTOR = 3
@@ -116,9 +118,8 @@ def _between_events(work: Callable[[], Any]) -> float:
 
 def wall_sampler(call: Call, buffers: int) -> Sampler:
     """Host time of a call on CUDA, including the wait for the device at the end of a block."""
-    calls = 100
 
-    def sample() -> float:
+    def block(calls: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for index in range(calls):
@@ -126,8 +127,10 @@ def wall_sampler(call: Call, buffers: int) -> Sampler:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
-    sample()
-    return sample
+    block(1)
+    calls = min(MAX_WALL_CALLS, max(1, round(WALL_BLOCK_S / block(1))))
+    block(calls)
+    return lambda: block(calls)
 
 
 def interleave(

@@ -19,10 +19,12 @@ from .shapes import DTYPES, Case
 # Relative error of the first layer's gradient against float64: fifty layers of fp32 rounding pass
 # it with room to spare, a wrong formula in one of them does not.
 GRADIENT_TOLERANCE = 0.05
+# Less time than this does not do for compiling the whole network, forward and backward.
+COMPILING_S = 100
 
 
 def model_tasks(batch: int, size: int, dtype: str, layout: str) -> list[Task]:
-    """Up to four contenders; the weight makes up for steps that take a second on a CPU."""
+    """Up to five contenders; the weight makes up for steps that take a second on a CPU."""
     case = Case("model/resnet50", (batch, 3, size, size), dtype, layout)
     run = lambda session, seconds: measure_model(session, case, seconds)  # noqa: E731
     return [Task(f"{case} train_step", run, weight=20.0)]
@@ -43,6 +45,12 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
         "torch_eager": copy.deepcopy(reference),
         "floor": without_batchnorm(copy.deepcopy(reference)),
     }
+    if "torch_compile" in session.contenders:
+        if seconds < COMPILING_S:
+            reason = f"not compiled in less than {COMPILING_S} s"
+            exclude(session, "torch_compile", case, "train_step", reason)
+        else:
+            networks["torch_compile"] = torch.compile(copy.deepcopy(reference), dynamic=False)
     expected, traffic = _truth(reference, images, labels)
     calls = {}
     for name in (name for name in networks if name in session.contenders):
@@ -102,7 +110,9 @@ def _first_gradient(network: nn.Module, images: Tensor, labels: Tensor) -> Tenso
 
 
 def _relative_error(network: nn.Module, images: Tensor, labels: Tensor, expected: Tensor) -> float:
-    gradient = _first_gradient(network, images, labels).double()
+    # Convolutions in TF32 would hide what batch norm does under what they lose.
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        gradient = _first_gradient(network, images, labels).double()
     return float((gradient - expected).norm() / expected.norm())
 
 

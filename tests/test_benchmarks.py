@@ -57,6 +57,7 @@ from benchmarks.timing import (  # noqa: E402
     cuda_sampler,
     interleave,
     thread_counts,
+    wall_sampler,
 )
 from benchmarks.training import measure_model  # noqa: E402
 
@@ -254,6 +255,23 @@ def test_cuda_sampler_divides_by_the_calls_of_its_graph(
     assert sample() == pytest.approx(1e-5)
     assert indices == set(range(buffers))
     assert buffers <= most_alive <= 2 * buffers + 1
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(5e-6, 200), (2e-3, 10), (0.3, 1)])
+def test_wall_sampler_waits_for_blocks_of_calls_no_longer_than_needed(
+    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def call(index: int) -> None:
+        clock[0] += seconds
+
+    sample = wall_sampler(call, 1)
+    before = clock[0]
+    assert sample() == pytest.approx(seconds)
+    assert clock[0] - before == pytest.approx(calls * seconds)
 
 
 def test_cold_buffers_exceed_the_cache_unless_one_call_does() -> None:
