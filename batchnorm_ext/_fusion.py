@@ -334,18 +334,18 @@ class _Value(torch.fx.Proxy):
 
     _is_param = False
 
-    @property
-    def __class__(self) -> Any:
+    def _claimed_class(self) -> type:
         return Tensor
+
+    def _refuse_class(self, kind: type) -> None:
+        raise _NotTraceable("forward changes the class of a tensor")
+
+    __class__ = property(_claimed_class, _refuse_class)
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
             raise AttributeError(name)
         return super().__getattr__(name)
-
-    @__class__.setter
-    def __class__(self, kind: Any) -> None:
-        raise _NotTraceable("forward changes the class of a tensor")
 
 
 def _in_place(name: str) -> Any:
