@@ -85,7 +85,7 @@ class _Plan:
     source, names
         The forward as Python code, and what it calls beside torch.
     inputs
-        The number of tensors that forward takes.
+        The names of the tensors that forward takes.
     watched
         ``(path, class, epilogue)`` of each module whose own forward does not run.
     chains
@@ -96,7 +96,7 @@ class _Plan:
         self,
         source: str,
         names: dict[str, Any],
-        inputs: int,
+        inputs: tuple[str, ...],
         watched: tuple[tuple[tuple[str, ...], type[nn.Module], _Epilogue | None], ...],
         chains: tuple[str, ...],
     ) -> None:
@@ -106,10 +106,17 @@ class _Plan:
         exec(compile(source, "<batchnorm_ext: fused forward>", "exec"), namespace)
         self.forward: Callable[..., Any] = namespace["forward"]
 
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the arguments by position; nothing where they are not the inputs."""
+        if not kwargs:
+            return args
+        named = self.inputs[len(args) :]
+        return (*args, *map(kwargs.get, named)) if kwargs.keys() == set(named) else ()
+
     def applies(self, container: nn.Module, arguments: tuple[Any, ...]) -> bool:
         """Return whether a call of `container` is one that the trace describes."""
         if (
-            len(arguments) != self.inputs
+            len(arguments) != len(self.inputs)
             or module_internals._has_any_global_hook()
             or torch.jit.is_tracing()
         ):
@@ -166,8 +173,10 @@ def _make_fused_class(unfused: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__.get("_fusion")
-        if plan is not None and not kwargs and plan.applies(self, args):
-            return plan.forward(self, *args)
+        if plan is not None:
+            arguments = plan.in_order(args, kwargs)
+            if plan.applies(self, arguments):
+                return plan.forward(self, *arguments)
         return original(self, *args, **kwargs)
 
     members = {
@@ -439,7 +448,7 @@ class _Rewriting:
     def __init__(self, tracer: _Tracer, name: str, left: dict[str, str]) -> None:
         self.graph = tracer.graph
         self.modules = dict(tracer.root.named_modules())
-        self.inputs = len(tracer.inputs)
+        self.inputs = tuple(tracer.inputs)
         self.prefix = name
         self.left = left
         self.watched = set(tracer.opened.values())

@@ -603,7 +603,8 @@ def test_other_calls_take_the_own_forward(calls):
         (([x[:, :1], x[:, 1:]],), {}, 0),
         ((x, True), {}, 0),
         ((x,), {"double": True}, 0),
-        ((), {"input": x}, 0),
+        ((), {"input": x}, 1),
+        ((), {"input": x, "double": False}, 0),
     ):
         calls.clear()
         torch.testing.assert_close(ours(*arguments, **options), theirs(*arguments, **options))
