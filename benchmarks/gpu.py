@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
 # Test files of their own stage: streams, graphs, processes and compilers, which can hang or end a process.
 SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_benchmarks.py")
+WORKERS = max(1, min(8, available_threads() // 2))
 SHOWN_FAILURES = 40
 
 
@@ -181,11 +183,17 @@ def _checking_stages(out: Path) -> list[Stage]:
     pytest = [python, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=20", "-p", "no:cacheprovider"]
     pytest += ["-o", "faulthandler_timeout=60"]
     system = [f"tests/{name}" for name in SYSTEM_TESTS]
+    # Several processes where pytest-xdist is there: most of a test is its oracle, on the CPU.
+    workers = ["-n", str(WORKERS)] if find_spec("xdist") else []
     stages = [
         Stage("exercise", exercise, share=6),
         Stage("device limits", limits, share=5, decides=False),
         Stage("layers", [*benchmark[:3], *layers, *benchmark[3:]], share=26, decides=False),
-        Stage("tests", [*pytest, "tests", *(f"--ignore={name}" for name in system)], share=18),
+        Stage(
+            "tests",
+            [*pytest, *workers, "tests", *(f"--ignore={name}" for name in system)],
+            share=18,
+        ),
         Stage("system tests", [*pytest, *system], share=12),
     ]
     sanitizer = _sanitizer()
