@@ -20,6 +20,9 @@ from typing import NamedTuple
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 MEASURING = CSRC.parent / "benchmarks" / "device_limits.cu"
 ARCHITECTURES = ("75", "80", "89", "90", "100", "120")
+DOCUMENT = CSRC.parent / "docs" / "performance.md"
+MARKS = ("<!-- cuda-check: begin -->\n", "<!-- cuda-check: end -->")
+DTYPES = {"double": 8, "float": 4, "float16": 2, "bfloat16": 2}
 HOT = ("reduce", "pointwise", "resident")
 WIDTH = 100
 
@@ -77,12 +80,43 @@ def compile_source(nvcc: str, source: Path, architecture: str, standard: str) ->
     return parse(done.stderr)
 
 
+def table(kernels: dict[str, dict[str, Kernel]], architectures: list[str]) -> str:
+    """Markdown: registers of the main kernels, those of plain batch norm with 16-byte vectors."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, compiled in kernels.items():
+        match = re.fullmatch(r"(\w+)<(\w+)<(\w+)(?:, (?:false|0))*>, (\w+), (\d+), \d+>", name)
+        if match is None or match[1] not in HOT or match[3] not in DTYPES or "Activat" in match[2]:
+            continue
+        if int(match[5]) * DTYPES[match[3]] != 16:
+            continue
+        found = [compiled[architecture] for architecture in architectures]
+        spilled = any(kernel.spilled or kernel.stack for kernel in found)
+        cell = " / ".join(str(kernel.registers) for kernel in found) + " spills" * spilled
+        rows.setdefault(f"`{match[1]}`, `{match[2]}`, `{match[4]}`", {})[match[3]] = cell
+    lines = [
+        "| kernel, operation, view | " + " | ".join(DTYPES) + " |",
+        "|---|" + "---|" * len(DTYPES),
+    ]
+    for row, cells in sorted(rows.items()):
+        lines.append(f"| {row} | " + " | ".join(cells.get(dtype, "") for dtype in DTYPES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def document(text: str) -> None:
+    """Put the table between its marks in the document."""
+    before, rest = DOCUMENT.read_text().split(MARKS[0])
+    DOCUMENT.write_text(before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1])
+
+
 def main() -> int:
     """Print the table; 1 where a hot kernel spills, 2 where there is no compiler."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--std", default="c++17")
+    parser.add_argument(
+        "--document", action="store_true", help=f"write the table in {DOCUMENT.name}"
+    )
     options = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -126,6 +160,8 @@ def main() -> int:
             f"sm_{architecture} {kernel.name}: {kernel.spilled} bytes spilled, "
             f"stack frame of {kernel.stack}"
         )
+    if options.document:
+        document(table(kernels, architectures))
     count = sum(len(by_architecture) for by_architecture in kernels.values())
     print(f"\n{count} kernels compiled, {len(bad)} hot kernels spill")
     return 1 if bad else 0

@@ -18,7 +18,7 @@ struct ChannelStatistics {
   using Coefficients = NormalizeCoefficients<A>;
   static constexpr bool kEpilogue = false, kEpilogueInSums = false;
   static constexpr int kInputs = 1;
-  static constexpr int kUnroll = 4, kMapUnroll = 4;
+  static constexpr int kUnroll = 4, kMapUnroll = 1;
   static constexpr Reuse kReuse = Reuse::soon;
 
   const T* inputs[kInputs];  // x

@@ -84,7 +84,7 @@ struct GradientSums {
   using Coefficients = InputGradientCoefficients<A>;
   static constexpr bool kEpilogue = false, kEpilogueInSums = false;
   static constexpr int kInputs = 2;
-  static constexpr int kUnroll = 2, kMapUnroll = 2;
+  static constexpr int kUnroll = 2, kMapUnroll = 1;
   static constexpr Reuse kReuse = kInputGradient ? Reuse::none : Reuse::soon;
 
   const T* inputs[kInputs];  // dy, x

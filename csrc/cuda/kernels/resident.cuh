@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   using Group = BlockGroup<Item, Coefficients>;
   constexpr int kSums = kChannelsPerThread<View, kVector>;
   constexpr int kPackWords = kWords<T, kVector>;
+  // One slot at a time, where nothing is waited for: chunks at the end that are not whole go element by element.
+  constexpr int kCopyUnroll = kAsyncCopies ? 1 : Op::kUnroll;
 
   const int active = Walk::active_threads(view);
   uint4* const kept = shared_memory<uint4>();
@@ -67,9 +69,9 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   const auto place = [&](int vector, int input, int word) {
     return ((vector * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
-  const auto take_kept = [&](auto& packs, auto whole, int index) {
+  const auto take_kept = [&](auto& packs, auto whole, int index, int count) {
     for_each_word(packs, [&](auto& pack, int u, int i, int w) {
-      const bool is_kept = whole.value || index + u < thread_vectors;
+      const bool is_kept = whole.value || index + u < count;
       set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
     });
   };
@@ -79,8 +81,8 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   while (group.tile() < groups.tiles) {
     const Tile tile = Walk::tile(view, group.tile());
     Walk copying(view, tile, group.rank());
-    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(copying, [&](const auto& slots, auto whole, int index) {
-      Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
+    for_each_chunk<kCopyUnroll, kVector, Op::kEpilogueInSums>(copying, [&](const auto& slots, auto whole, int index) {
+      Pack<T, kVector> packs[Op::kInputs][kCopyUnroll];
       if (kAsyncCopies && whole.value) {
         for_each_word(packs, [&](const auto&, int u, int i, int w) {
           const T* const address = op.inputs[i] + slots[u].offset;
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       } else {
         load<Reuse::none>(whole, packs, op.inputs, slots);
         for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
-          if (whole.value || index + u < thread_vectors) kept[place(index + u, i, w)] = word_of(pack, w);
+          if (whole.value || index + u < copying.count()) kept[place(index + u, i, w)] = word_of(pack, w);
         });
       }
       commit_copies();
@@ -99,9 +101,9 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     typename Op::Accumulator sums[kSums];
     begin_sums(op, walk, tile, sums);
     for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
-      wait_for_copies((walk.count() - 1 - index) / Op::kUnroll);
+      wait_for_copies((walk.count() - index - Op::kUnroll) / kCopyUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-      take_kept(packs, whole, index);
+      take_kept(packs, whole, index, walk.count());
       op.accumulate(whole, sums, packs, slots, index == 0);
     });
 
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     take_coefficients(coefficients, of_tile, again);
     for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
-      take_kept(packs, whole, index);
+      take_kept(packs, whole, index, again.count());
       map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
     });
     group.end_tile();

@@ -27,7 +27,8 @@ constexpr int64_t kTileRowSlots = 16;
 constexpr int64_t kResidentRowBytes[] = {256, 128, 64};
 
 // What a thread should read at least, in vectors: two chunks of four loads in flight.
-constexpr int64_t kThreadVectors = 8;
+constexpr int64_t kChunkVectors = 4;
+constexpr int64_t kThreadVectors = 2 * kChunkVectors;
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
@@ -318,7 +319,9 @@ StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, 
                    bool epilogue) {
   if (shape.elements() == 0) return {};
   StepPlan plan = lay(shape, dtype, alignment, kTileRowBytes, epilogue);
-  split(plan, divide_up(unsplit_thread_vectors(plan), wanted_parts(plan, blocks_that_fill(limits))));
+  const int64_t thread_vectors = divide_up(unsplit_thread_vectors(plan), wanted_parts(plan, blocks_that_fill(limits)));
+  // Whole chunks, but in the last split: what is left of one goes element by element.
+  split(plan, thread_vectors < kThreadVectors ? thread_vectors : round_up(thread_vectors, kChunkVectors));
   return plan;
 }
 

@@ -48,13 +48,15 @@ __device__ __forceinline__ void wait_for_copies() {
 // Until no more than the last `pending` groups are under way. The instruction has the number in it: beyond some it is
 // rounded down, and waits for more.
 __device__ __forceinline__ void wait_for_copies(int pending) {
-  if (pending >= 8) {
+  if (pending >= 16) {
+    wait_for_copies<16>();
+  } else if (pending >= 8) {
     wait_for_copies<8>();
   } else if (pending >= 4) {
     wait_for_copies<4>();
   } else if (pending >= 2) {
     wait_for_copies<2>();
-  } else if (pending == 1) {
+  } else if (pending >= 1) {
     wait_for_copies<1>();
   } else {
     wait_for_copies<0>();
