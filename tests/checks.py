@@ -104,3 +104,21 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def storages_saved(
+    function: Callable[[], torch.Tensor], owned: tuple[torch.Tensor | None, ...]
+) -> dict[int, int]:
+    """Bytes of each storage that a call keeps for backward, other than those of `owned`, which live on anyway."""
+    known = {t.untyped_storage().data_ptr() for t in owned if t is not None}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return storages

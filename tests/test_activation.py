@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import assert_bitwise, check_running_statistics, without
+from checks import assert_bitwise, check_running_statistics, storages_saved, without
 from inputs import DTYPES, LAYOUTS, SHAPES, Arguments, arguments, channels_last, contiguous, every
 from oracle import BatchNormAct
-from test_memory import storages_saved
 from tolerances import assert_matches
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck

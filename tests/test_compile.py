@@ -192,6 +192,175 @@ def test_make_fx():
     torch.testing.assert_close(make_fx(module)(x)(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+class Block(nn.Module):
+    """Fused activations of every kind, one of them behind a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            batchnorm_ext.BatchNormAct2d(
+                6, activation=activation, inplace=activation == "leaky_relu"
+            )
+            for activation in ("relu", "leaky_relu", "elu", "silu", "hardswish")
+        )
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.last = batchnorm_ext.BatchNormAct2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x = self.conv(x)
+        for layer in self.layers:
+            x = layer(x * 1.0)
+        return self.last(x, shortcut)
+
+
+def block(device: str) -> nn.Module:
+    torch.manual_seed(8)
+    return Block().to(device)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "training"])
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "static"])
+def test_compiled_fused_calls(dynamic, frozen, device):
+    """One graph; frozen layers keep bits in the memory order of their output, whose strides are then symbolic."""
+    module = block(device)
+    if frozen:
+        batchnorm_ext.freeze_batchnorm(module, affine=True)
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        data = [x.contiguous(memory_format=layout) for x in batches(2, device)]
+        results = []
+        for model, parameters in ((compiled, module), (eager, eager)):
+            outcome = []
+            for x in data:
+                parameters.zero_grad()
+                y = model(x)
+                y.cos().sum().backward()
+                outcome += [y.detach(), parameters.conv.weight.grad.clone()]
+            results.append(outcome + [t.clone() for t in parameters.state_dict().values()])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_calls_of_any_batch_size_are_compiled_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    module = block("cpu")
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for size in (7, 9, 11, 13):
+        x = torch.randn(size, 3, 8, 8)
+        y, expected = compiled(x), eager(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        y.cos().sum().backward()
+    assert counter.frame_count == 2
+
+
+@pytest.mark.native
+def test_the_graph_holds_our_fused_operators():
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(block("cpu"), backend=compiler, fullgraph=True)(batches(1)[0]).sum().backward()
+    forward, backward = graphs
+    assert forward.count("batchnorm_ext.forward_act") == 6
+    assert backward.count("batchnorm_ext.backward_act") == 6
+
+
+@pytest.mark.slow
+def test_fused_calls_compiled_by_inductor(device):
+    module = block(device)
+    eager = copy.deepcopy(module)
+    (x,) = batches(1, device)
+    results = []
+    for model, parameters in ((torch.compile(module), module), (eager, eager)):
+        y = model(x)
+        y.cos().sum().backward()
+        results.append([y, *(p.grad for p in parameters.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_export_of_fused_calls_uses_operators_everyone_has():
+    module = block("cpu").eval()
+    (x,) = batches(1)
+    program = torch.export.export(copy.deepcopy(module), (x,))
+    assert "batchnorm_ext" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.native
+def test_selective_checkpointing_may_keep_fused_results():
+    import functools
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    module = block("cpu")
+    eager = copy.deepcopy(module)
+    (x,) = batches(1)
+    eager(x).cos().sum().backward()
+    kept = [torch.ops.batchnorm_ext.forward_act.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    checkpoint(module, x, use_reentrant=False, context_fn=contexts).cos().sum().backward()
+    for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_fused_operators_pass_opcheck(activation, training, dtype, device):
+    pytest.importorskip("hypothesis")
+    from batchnorm_ext import _operators
+
+    assert _operators.operators_available()
+    weight, bias = torch.rand(2, 3, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    counter = torch.zeros((), dtype=torch.int64, device=device)
+    ours = torch.ops.batchnorm_ext
+    epilogue = (activation, 0.1)
+    with_mask = activation == "relu"
+
+    def check(operator, *arguments):
+        torch.library.opcheck(
+            operator.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+    for shape in ((4, 3, 5, 5), (7, 3, 1, 1)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
+            rest = (weight, bias, mean, var, counter, training, 0.1, 1e-5, False, *epilogue)
+            for residual in (None, x + 1):
+                check(ours.forward_act, x, residual, *rest, with_mask)
+            joined = (mean.double(), var.double(), 1e-5)
+            check(ours.normalize_act, x, x, weight, bias, *joined, *epilogue, with_mask)
+            _, *saved = ours.forward_act(x, x, *rest, with_mask)
+            *saved, mask = saved
+            mask = mask if with_mask else None
+            for wanted in ((True, True, torch.float32, torch.float32), (False, True, None, None)):
+                check(
+                    ours.backward_act,
+                    *(x, x, x, weight, *saved, mask, x.stride(), training, *wanted, *epilogue),
+                )
+            sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+            count = torch.tensor([9.0], dtype=torch.float64, device=device)
+            check(ours.input_gradient_act, x, x, x, weight, *saved, mask, *sums, count, *epilogue)
+            if with_mask and not training:
+                dy = x.contiguous()
+                check(
+                    ours.backward_act,
+                    *(dy, None, None, weight, *saved, mask, x.stride(), training),
+                    *(True, False, None, torch.float32, *epilogue),
+                )
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

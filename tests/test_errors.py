@@ -264,3 +264,50 @@ def test_backend_checks_without_the_python_layer():
             backend().backward(x, x, None, mean, wrong, True, True, None, None)
     with pytest.raises(RuntimeError):
         backend().backward(x, None, None, mean, inv_std, True, True, None, None)
+
+
+@pytest.mark.native
+def test_backend_checks_of_fused_calls_without_the_python_layer():
+    """Nothing is read past the end of a residual, a mask or a vector."""
+    from batchnorm_ext._extension import backend
+
+    x = torch.randn(4, 3, 5)
+    vector = torch.ones(3)
+    statistics = (vector, vector, vector.clone(), vector.clone(), None)
+    rest = (True, 0.1, 1e-5, False)
+    for residual in (x[:2], x.double(), x.transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="residual must have the"):
+            backend().forward_act(x, residual, *statistics, *rest, "relu", 0.0, True)
+    with pytest.raises(ValueError, match="got 'gelu'"):
+        backend().forward_act(x, None, *statistics, *rest, "gelu", 0.0, False)
+    _, mean, inv_std, shift, mask = backend().forward_act(
+        x, x, *statistics, *rest, "relu", 0.0, True
+    )
+    good = {
+        "input": x,
+        "residual": None,
+        "weight": vector,
+        "mean": mean,
+        "inv_std": inv_std,
+        "shift": shift,
+        "mask": mask,
+        "strides": x.stride(),
+    }
+    bad = [
+        {"mask": mask[:-1]},
+        {"mask": mask.float()},
+        {"mask": None, "input": None},
+        {"mask": None, "residual": x[:2]},
+        {"shift": shift[:2]},
+        {"shift": shift.double()},
+        {"input": None, "strides": (1,)},
+        {"input": x[:2]},
+    ]
+    for changes in bad:
+        training = "strides" not in changes
+        with pytest.raises(RuntimeError):
+            backend().backward_act(
+                x, *(good | changes).values(), training, True, True, None, None, "relu", 0.0
+            )
+    with pytest.raises(RuntimeError, match="mask"):
+        backend().backward_act(x, *good.values(), True, True, True, None, None, "silu", 0.0)

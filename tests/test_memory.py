@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from checks import assert_bitwise, call, differentiable
+from checks import assert_bitwise, call, differentiable, storages_saved
 from inputs import (
     DENSE_LAYOUTS,
     LAYOUTS,
@@ -52,24 +50,6 @@ def test_ambiguous_strides_follow_the_input(shape, layout, device):
     args = arguments(shape, device=device, layout=layout)
     y = call(args, training=True)
     assert y.stride() == args.x.stride()
-
-
-def storages_saved(
-    function: Callable[[], torch.Tensor], owned: tuple[torch.Tensor | None, ...]
-) -> dict[int, int]:
-    """Bytes of each storage that a call keeps for backward, other than those of `owned`, which live on anyway."""
-    known = {t.untyped_storage().data_ptr() for t in owned if t is not None}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return storages
 
 
 def saved_bytes(args: Arguments, **options: object) -> int:
