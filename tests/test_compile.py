@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from inputs import DENSE_LAYOUTS, SHAPES, arguments, every
 from torch import nn
 
 import batchnorm_ext
@@ -209,7 +210,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x = self.conv(x)
         for layer in self.layers:
-            x = layer(x * 1.0)
+            x = layer(x * 0.9)
         return self.last(x, shortcut)
 
 
@@ -310,6 +311,20 @@ def test_selective_checkpointing_may_keep_fused_results():
     for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("layout", **every(DENSE_LAYOUTS))
+@pytest.mark.parametrize("shape", **every(SHAPES))
+def test_fake_masks_have_the_size_of_real_ones(shape, layout, device):
+    from batchnorm_ext import _operators
+
+    args = arguments(shape, device=device, layout=layout)
+    statistics = (args.weight, args.bias, args.running_mean, args.running_var, None)
+    call = (args.x.detach(), None, *statistics, False, 0.1, 1e-5, False, "relu", 0.0, True)
+    mask = _operators.forward_act(*call)[-1]
+    fake = _operators._fake_forward_act(*call)[-1]
+    assert (mask.shape, mask.dtype) == (fake.shape, fake.dtype)
 
 
 @pytest.mark.native
