@@ -112,8 +112,10 @@ def batch_norm_act(
     inplace : bool
         Allow the output to take the memory of `input`, which must not be used afterwards: autograd refuses a backward
         pass that needs it. Only with activations that can be inverted: identity, leaky_relu with a positive slope,
-        and elu. A permission, not a promise: where gradients could not be computed from the output as exactly as from
-        the input, the call runs out of place.
+        and elu. A permission, not a promise: the call runs out of place where gradients could not be computed from the
+        output as exactly as from the input. In training those are calls with a residual, 16-bit types, a channel
+        with ``|bias| > 4 |weight|`` or zero weight, and nearly all with elu (docs/numerics.md has the rule). On a GPU
+        the host waits for the parameters to know.
 
     Returns
     -------
