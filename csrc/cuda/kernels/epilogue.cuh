@@ -114,7 +114,7 @@ struct StatisticsActivate : ChannelStatistics<T_> {
   using Base = ChannelStatistics<T>;
   using Coefficients = typename Base::Coefficients;
   static constexpr bool kEpilogue = true;
-  static constexpr int kMapUnroll = kForwardUnroll<T>;
+  static constexpr int kMapUnroll = 1;  // what is kept needs no loads in flight
 
   ForwardEpilogue<T> epilogue;
 
@@ -249,7 +249,7 @@ struct ActivatedGradientSums {
   using Coefficients = ActivatedGradientCoefficients<A>;
   static constexpr bool kEpilogue = true, kEpilogueInSums = true;
   static constexpr int kInputs = 2;
-  static constexpr int kUnroll = kBackwardUnroll<T>, kMapUnroll = kUnroll;
+  static constexpr int kUnroll = kBackwardUnroll<T>, kMapUnroll = 1;
   static constexpr Reuse kReuse = Reuse::soon;
 
   const T* inputs[kInputs];  // dy, x
@@ -312,9 +312,9 @@ struct ActivatedGradientSums {
   }
 
   template <class Whole, int kVector, int kSets>
-  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
-                                                const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
-                                                T* dx, Reuse dx_reuse) const {
+  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kMapUnroll],
+                                                const Coefficients (&coefficients)[kSets],
+                                                const Slot (&slots)[kMapUnroll], T* dx, Reuse dx_reuse) const {
     map_gradients(epilogue, false, whole, packs, coefficients, slots, dx, dresidual, dx_reuse);
   }
 };

@@ -108,6 +108,8 @@ void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignmen
   view.all_phase_rows = rows / view.phases;
   view.long_phases = static_cast<int>(rows % view.phases);
   view.lanes = kBlockThreads / view.tile_vectors;
+  view.row_slots = divide_up(view.pitch(), plan.vector);
+  view.step_slots = view.lanes * view.row_slots;
   view.fold_width = 1;
   while (view.fold_width < 32 && 2 * view.fold_width * view.tile_channels <= kBlockThreads) view.fold_width *= 2;
   plan.tiles = divide_up(shape.channels, view.tile_channels);
@@ -134,6 +136,8 @@ StepPlan lay(Shape shape, DType dtype, Alignment alignment, int64_t row_bytes, b
   }
   if (plan.rows) {
     lay_rows(plan, shape, alignment);
+    plan.row_view.outer_slots = shape.channels * plan.row_view.run_vectors;
+    plan.row_view.step_slots = plan.row_view.step_runs * plan.row_view.outer_slots;
   } else {
     lay_columns(plan, shape, dtype, alignment, row_bytes, epilogue);
   }

@@ -22,6 +22,20 @@ struct Tile {
 template <class View, int kVector, int kThreads, bool kEpilogue = false>
 class TileWalk;
 
+// With an epilogue the thread's index is read anew for each walk: what would be kept of an earlier one, to save a few
+// instructions before a loop, makes registers spill in it.
+template <bool kEpilogue>
+__device__ __forceinline__ unsigned thread_of_walk() {
+#if defined(__CUDACC__)
+  if constexpr (kEpilogue) {
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+  }
+#endif
+  return threadIdx.x;
+}
+
 template <int kVector, int kThreads, bool kEpilogue>
 class TileWalk<RowView, kVector, kThreads, kEpilogue> {
  public:
@@ -32,21 +46,19 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
   __device__ TileWalk(const RowView& view, const Tile& tile, int64_t split)
       : inner_(view.shape.inner),
         misalignment_(static_cast<int>(view.misalignment)),
-        boundaries_(view.boundaries),
         run_vectors_(view.run_vectors),
         step_vectors_(view.step_vectors),
         pitch_(view.shape.channels * view.shape.inner),
-        step_starts_(view.step_runs * pitch_) {
-    const int64_t first = split * view.split_vectors + threadIdx.x;
+        step_starts_(view.step_runs * pitch_),
+        view_(view) {
+    const int64_t first = split * view.split_vectors + thread_of_walk<kEpilogue>();
     const int64_t all = view.shape.outer * view.run_vectors;
     const int64_t end = all < (split + 1) * view.split_vectors ? all : (split + 1) * view.split_vectors;
     const int64_t run = first / view.run_vectors;
     count_ = first < end ? static_cast<int>((end - first + kThreads - 1) / kThreads) : 0;
     vector_ = first - run * view.run_vectors;
     run_start_ = run * pitch_ + tile.first * inner_;
-    outer_slots_ = view.shape.channels * run_vectors_;
-    step_slots_ = view.step_runs * outer_slots_;
-    run_slot_ = run * outer_slots_ + tile.first * run_vectors_;
+    run_slot_ = run * view.outer_slots + tile.first * view.run_vectors;
   }
 
   __device__ int count() const { return count_; }
@@ -61,17 +73,17 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
     samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
     vector_ += step_vectors_;
     run_start_ += step_starts_;
-    if (kEpilogue) run_slot_ += step_slots_;
+    if (kEpilogue) run_slot_ += view_.step_slots;
     if (vector_ >= run_vectors_) {
       vector_ -= run_vectors_;
       run_start_ += pitch_;
-      if (kEpilogue) run_slot_ += outer_slots_;
+      if (kEpilogue) run_slot_ += view_.outer_slots;
     }
     return slot;
   }
 
   // Of an epilogue: whether a slot starts at a vector boundary in every tensor.
-  __device__ bool at_boundary(const Slot& slot) const { return boundaries_ && slot.offset % kVector == 0; }
+  __device__ bool at_boundary(const Slot& slot) const { return view_.boundaries && slot.offset % kVector == 0; }
 
   // Channel, within the tile, of an element of this thread's vectors.
   __device__ void channels(int (&channel)[1]) const { channel[0] = 0; }
@@ -86,11 +98,11 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
  private:
   int64_t inner_;
   int misalignment_;
-  bool boundaries_;
   int64_t run_vectors_, step_vectors_, pitch_, step_starts_;
   int count_;
   int64_t vector_, run_start_;
-  int64_t outer_slots_, step_slots_, run_slot_;  // each run has slots of its own, also where runs share a vector
+  int64_t run_slot_;
+  const RowView& view_;
   int64_t samples_ = 0;
 };
 
@@ -110,10 +122,11 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
         tile_elements_(view.tile_vectors * kVector),
         lanes_(view.lanes),
         fold_width_(view.fold_width),
-        boundaries_(view.boundaries),
-        elements_(view.shape.elements()) {
-    const int lane = static_cast<int>(threadIdx.x) / view.tile_vectors;
-    const int vector = static_cast<int>(threadIdx.x) - lane * view.tile_vectors;
+        elements_(view.shape.elements()),
+        view_(view) {
+    const int thread = static_cast<int>(thread_of_walk<kEpilogue>());
+    const int lane = thread / view.tile_vectors;
+    const int vector = thread - lane * view.tile_vectors;
     const int64_t pitch = view.pitch();
     const int phase = static_cast<int>(split) % view.phases;
     const int64_t part_first = static_cast<int>(split) / view.phases * view.phase_rows;
@@ -130,9 +143,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     high_ = width - column_ < kVector ? width - column_ : kVector;
     offset_ = phase_start + first * view.phases * pitch + column_;
     step_ = view.lanes * view.phases * pitch;
-    const int64_t row_slots = (pitch + kVector - 1) / kVector;
-    slot_ = (phase + first * view.phases) * row_slots + tile.first * inner_ / kVector + vector;
-    step_slots_ = view.lanes * view.phases * row_slots;
+    slot_ = first * view.row_slots + tile.first * inner_ / kVector + vector;
   }
 
   __device__ int count() const { return count_; }
@@ -142,11 +153,11 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     const int64_t left = elements_ - offset_;  // the last row may end early
     const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_, kEpilogue ? slot_ : 0};
     offset_ += step_;
-    if (kEpilogue) slot_ += step_slots_;
+    if (kEpilogue) slot_ += view_.step_slots;
     return slot;
   }
 
-  __device__ bool at_boundary(const Slot& slot) const { return boundaries_ && slot.offset % kVector == 0; }
+  __device__ bool at_boundary(const Slot& slot) const { return view_.boundaries && slot.offset % kVector == 0; }
 
   __device__ void channels(int (&channel)[kVector]) const {
     const int first = column_ < 0 ? 0 : column_;
@@ -179,8 +190,8 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
  private:
   int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
   int head_, column_, low_, high_, count_;
-  bool boundaries_;
-  int64_t elements_, offset_, step_, slot_, step_slots_;
+  int64_t elements_, offset_, step_, slot_;
+  const ColumnView& view_;
 };
 
 // The accumulators, or sets of coefficients, that a thread keeps: one where all it visits is one channel's, else one

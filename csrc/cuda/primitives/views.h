@@ -26,7 +26,9 @@ struct RowView {
   int64_t split_vectors;
   int64_t splits;
   int64_t step_runs, step_vectors;  // the number of threads, in runs and remaining vectors
-  bool boundaries;                  // of an epilogue: every tensor starts at a vector boundary
+  // Of an epilogue. Each run has slots of its own, also where runs share a vector.
+  int64_t outer_slots, step_slots;  // of one outer index; of step_runs of them
+  bool boundaries;                  // every tensor starts at a vector boundary
 };
 
 // Short runs and inner == 1. The tensor is a matrix whose rows are `outer_per_row` of the `outer` indices, so that rows
@@ -48,7 +50,9 @@ struct ColumnView {
   int tile_vectors;  // that cover a row of a tile, wherever it starts
   int lanes;         // rows that a block works on at once
   int fold_width;    // threads that fold one channel's sums of a block: a power of two up to the size of a warp
-  bool boundaries;   // of an epilogue: every tensor starts at a vector boundary
+  // Of an epilogue.
+  int64_t row_slots, step_slots;  // of one row; of `lanes` of them
+  bool boundaries;                // every tensor starts at a vector boundary
 
   BN_HOST_DEVICE int64_t pitch() const { return outer_per_row * shape.channels * shape.inner; }
 };
