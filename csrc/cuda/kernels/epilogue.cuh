@@ -240,8 +240,8 @@ __device__ __forceinline__ void map_gradients(
   if (dx != nullptr) store(whole, packs[0], dx, slots, reuse);
 }
 
-// The step gradient_sums behind an epilogue, and all steps of backward as `resident` runs them.
-template <class T_>
+// The step gradient_sums behind an epilogue, and all steps of backward as `resident` runs them; kSlots at a time.
+template <class T_, int kSlots>
 struct ActivatedGradientSums {
   using T = T_;
   using A = accumulate_t<T>;
@@ -249,7 +249,7 @@ struct ActivatedGradientSums {
   using Coefficients = ActivatedGradientCoefficients<A>;
   static constexpr bool kEpilogue = true, kEpilogueInSums = true;
   static constexpr int kInputs = 2;
-  static constexpr int kUnroll = kBackwardUnroll<T>, kMapUnroll = 1;
+  static constexpr int kUnroll = kSlots, kMapUnroll = 1;
   static constexpr Reuse kReuse = Reuse::soon;
 
   const T* inputs[kInputs];  // dy, x

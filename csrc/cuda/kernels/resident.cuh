@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
              typename Op::T* output, Reuse output_reuse, int64_t* num_batches_tracked) {
   using T = typename Op::T;
-  using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogueInSums>;
+  using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Item = typename Op::Item;
   using Coefficients = typename Op::Coefficients;
   using Group = BlockGroup<Item, Coefficients>;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     if (groups.size > 1) merge_group<kThreads>(op, groups, group, tile, of_tile);
     __syncthreads();
 
-    TileWalk<View, kVector, kThreads, Op::kEpilogue> again(view, tile, group.rank());
+    Walk again(view, tile, group.rank());
     Coefficients coefficients[kSums];
     take_coefficients(coefficients, of_tile, again);
     for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {

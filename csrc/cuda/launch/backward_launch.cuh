@@ -61,7 +61,7 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
   if (plan.resident.fits) {
     const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
     if (has_epilogue) {
-      const ActivatedGradientSums<T> activated{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse};
+      const ActivatedGradientSums<T, 1> activated{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse};
       launch_resident("backward", plan.resident, activated, dx, reuse, nullptr, workspace, stream);
     } else {
       launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
@@ -74,7 +74,7 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
       const GradientSums<T, false> sums{{dy, x_or_dy}, finalize, partials, splits, coefficients, nullptr, reuse};
       launch_reduce<false>(
           "gradient_sums", plan.sums,
-          ActivatedGradientSums<T>{
+          ActivatedGradientSums<T, kBackwardUnroll<T>>{
               {dy, x_or_dy}, epilogue, sums, last ? dx : nullptr, last ? dresidual : nullptr, nullptr, reuse},
           stream);
     } else if (dx != nullptr && !plan.needs_input_gradient) {
