@@ -66,8 +66,8 @@ BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::i
 
 // One contiguous run of a channel, and its bits of the mask.
 template <class Map, class E, class A = accumulate_t<E>>
-inline void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
-                    int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
+BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
+                            int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int unroll = 4;
   Vec<A> k[Map::coefficients];
@@ -82,6 +82,19 @@ inline void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::o
   }
   for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
   if (i < count) map_vector(map, k, in, out, 0, mask, i, count - i);
+}
+
+// A run of `count` in each of the channels, which are `pitch` elements and `mask_pitch` bytes of the mask apart. All
+// arguments are values: what is behind a reference would be read again after each store.
+template <class Map, class E, class A>
+inline void map_runs(Map map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, int64_t count,
+                     int64_t pitch, int64_t mask_pitch, Range channels, Coefficients<A> coefficients) {
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    map_run(map, in, out, mask, count, coefficients, c);
+    in = in.at(pitch);
+    out = out.at(pitch);
+    mask = move_mask<Map>(mask, mask_pitch);
+  }
 }
 
 // `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of the tensors are
@@ -240,13 +253,15 @@ inline void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E
       const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
       const int64_t count = min(shape.inner - inner, chunk.end - sample);
       sample += count;
+      if (!stream) {
+        const int64_t plane = outer * shape.channels + channels.begin, at = plane * shape.inner + inner;
+        map_runs(map, in.at(at), out.at(at), move_mask<Map>(mask, plane * mask_row + inner / 8), count, shape.inner,
+                 mask_row, channels, coefficients);
+        continue;
+      }
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const int64_t plane = outer * shape.channels + c, at = plane * shape.inner + inner;
         uint8_t* const bits = move_mask<Map>(mask, plane * mask_row + inner / 8);
-        if (!stream) {
-          map_run(map, in.at(at), out.at(at), bits, count, coefficients, c);
-          continue;
-        }
         if (c == channels.begin || count < shape.inner) writers.start(out.at(at));
         for (int64_t i = 0; i < count; i += writers.piece) {
           const int64_t some = min(count - i, writers.piece);

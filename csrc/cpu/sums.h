@@ -86,8 +86,8 @@ constexpr int64_t rows_per_sum = 512;
 
 // One contiguous run of a channel, and its bits of the mask.
 template <class Sum, class E, class A = accumulate_t<E>>
-inline void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, int64_t count,
-                    const Coefficients<A>& coefficients, int64_t channel, SumPair<A>& sums) {
+BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, int64_t count,
+                            const Coefficients<A>& coefficients, int64_t channel, SumPair<A>& sums) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int unroll = accumulators;
   Vec<A> k[Sum::coefficients];
@@ -171,6 +171,18 @@ inline void sum_rows(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t pitch, c
   if (j < columns) tile(One{}, j, columns - j);
 }
 
+// A run of `count` in each of the channels, which are `pitch` elements and `mask_pitch` bytes of the mask apart. All
+// arguments are values: what is behind a reference would be read again after each store.
+template <class Sum, class E, class A>
+inline void sum_runs(Sum sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, int64_t count, int64_t pitch,
+                     int64_t mask_pitch, Range channels, Coefficients<A> coefficients, SumPair<A>* sums) {
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    sum_run(sum, in, mask, count, coefficients, c, *sums++);
+    in = in.at(pitch);
+    mask = move_mask<Sum>(mask, mask_pitch);
+  }
+}
+
 // Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): merge(s, q) with the channels' sums.
 template <class Sum, class E, class A, class Merge>
 inline void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs> in, const uint8_t* mask,
@@ -181,11 +193,9 @@ inline void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs
   for (int64_t sample = slab.begin; sample < slab.end;) {
     const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
     const int64_t count = min(shape.inner - inner, slab.end - sample);
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      const int64_t plane = outer * shape.channels + c;
-      const uint8_t* const bits = move_mask<Sum>(mask, plane * mask_row + inner / 8);
-      sum_run<Sum>(sum, in.at(plane * shape.inner + inner), bits, count, coefficients, c, sums[c - channels.begin]);
-    }
+    const int64_t plane = outer * shape.channels + channels.begin;
+    sum_runs(sum, in.at(plane * shape.inner + inner), move_mask<Sum>(mask, plane * mask_row + inner / 8), count,
+             shape.inner, mask_row, channels, coefficients, sums);
     sample += count;
   }
   A s[max_block_channels], q[max_block_channels];
