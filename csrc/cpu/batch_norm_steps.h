@@ -48,7 +48,7 @@ struct PartialSums {
 constexpr int64_t channels_at_once = 64;
 using ChannelValues = double[channels_at_once];
 
-inline void read(const ChannelVector& vector, Range channels, double if_null, double* values) {
+BN_CPU_NOINLINE void read(const ChannelVector& vector, Range channels, double if_null, double* values) {
   const auto copy = [&](const auto* data) {
     for (int64_t i = 0; i < channels.size(); ++i) values[i] = static_cast<double>(widen(data[channels.begin + i]));
   };
@@ -67,11 +67,11 @@ inline void read(const ChannelVector& vector, Range channels, double if_null, do
       return copy(static_cast<const bfloat16*>(vector.data));
   }
 }
-inline void read(const MutableChannelVector& vector, Range channels, double if_null, double* values) {
+BN_CPU_NOINLINE void read(const MutableChannelVector& vector, Range channels, double if_null, double* values) {
   read(ChannelVector{vector.data, vector.dtype}, channels, if_null, values);
 }
 
-inline void write(const MutableChannelVector& vector, Range channels, const double* values) {
+BN_CPU_NOINLINE void write(const MutableChannelVector& vector, Range channels, const double* values) {
   const auto copy = [&](auto* data) {
     using T = std::remove_pointer_t<decltype(data)>;
     for (int64_t i = 0; i < channels.size(); ++i) {
@@ -92,8 +92,8 @@ inline void write(const MutableChannelVector& vector, Range channels, const doub
 }
 
 // As update_running_statistics in core/formulas.h does channel by channel.
-inline void update_running_statistics(const RunningStatistics& running, Range channels, const double* means,
-                                      const double* m2s, int64_t count) {
+BN_CPU_NOINLINE void update_running_statistics(const RunningStatistics& running, Range channels, const double* means,
+                                               const double* m2s, int64_t count) {
   if (running.mean.data == nullptr) return;
   ChannelValues mean, variance;
   read(running.mean, channels, 0.0, mean);
@@ -181,7 +181,7 @@ inline void for_each_sample(const Shape& shape, Range samples, const Action& act
 // What sums are taken around: the mean to the precision of the elements. Deviations are then multiples of the elements'
 // own spacing and add up almost exactly; with more bits in the center, each addition would round the same way.
 template <class E, class A = accumulate_t<E>>
-inline void set_centers(const double* mean, int64_t count, A* center) {
+BN_CPU_NOINLINE void set_centers(const double* mean, int64_t count, A* center) {
   for (int64_t i = 0; i < count; ++i) center[i] = static_cast<A>(mean[i]);
   if constexpr (sizeof(E) == sizeof(A)) return;
   constexpr int64_t lanes = Vec<A>::lanes;
@@ -203,8 +203,8 @@ BN_HOST_DEVICE A median(A a, A b, A c) {
 // Each slab is summed around the mean of the samples before it, and the first around the median of three of its own, so
 // that sums of squares in the accumulate type lose nothing however large the mean is, or one of the samples.
 template <class E, class A>
-inline void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels, Range samples,
-                               A* center, PartialSums moments) {
+BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels,
+                                        Range samples, A* center, PartialSums moments) {
   for (int64_t c = channels.begin; c < channels.end; ++c) moments.first[c] = moments.second[c] = 0.0;
   if (samples.size() == 0) return;
   const int64_t first_slab = slab_end<A>(shape, blocking, samples.begin, samples.end) - samples.begin;
@@ -261,9 +261,9 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
 
 // after_slab(samples) is called while the slab is still in the cache. k[0] is the center.
 template <class Gradient, class E, class A, class AfterSlab>
-inline void gradient_sums(const Gradient& gradient, const Shape& shape, const Blocking& blocking,
-                          Inputs<E, Gradient::inputs> in, const uint8_t* mask, Range channels, Range samples,
-                          const Coefficients<A>& coefficients, PartialSums sums, const AfterSlab& after_slab) {
+BN_CPU_NOINLINE void gradient_sums(const Gradient& gradient, const Shape& shape, const Blocking& blocking,
+                                   Inputs<E, Gradient::inputs> in, const uint8_t* mask, Range channels, Range samples,
+                                   const Coefficients<A>& coefficients, PartialSums sums, const AfterSlab& after_slab) {
   const GradientSums<Gradient> operation{gradient};
   for (int64_t c = channels.begin; c < channels.end; ++c) sums.first[c] = sums.second[c] = 0.0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
@@ -509,7 +509,8 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     });
   };
   const int64_t count = joined ? static_cast<int64_t>(*params.joined.count) : shape.samples();
-  const auto set_coefficients = [&](Range channels, const double* sum_dy, const double* sum_dy_xhat) {
+  const auto set_coefficients = [&](Range channels, const double* sum_dy,
+                                    const double* sum_dy_xhat) __attribute__((noinline)) {
     ChannelValues weight;
     read(params.weight, channels, 1.0, weight);
     for (int64_t i = 0; i < channels.size(); ++i) {
@@ -521,7 +522,7 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
       x_scale[c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
     }
   };
-  const auto set_without_sums = [&](Range all) {
+  const auto set_without_sums = [&](Range all) __attribute__((noinline)) {
     const ChannelValues zeros{};
     for_each_block(all, channels_at_once, [&](Range channels) { set_coefficients(channels, zeros, zeros); });
   };

@@ -100,16 +100,16 @@ inline void map_runs(Map map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs
 // `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of the tensors are
 // `pitch` elements apart, and of the mask `mask_pitch` bytes. Of a single vector, only the first `some` columns may be
 // there.
-template <class Map, int rows, int wide, class E, class A>
-BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t pitch,
-                             uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
+template <class Map, int wide, class E, class A>
+BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t rows,
+                             int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
                              const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> k[wide][Map::coefficients];
   for (int w = 0; w < wide; ++w) {
     for (int n = 0; n < Map::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
   }
-  for (int r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int w = 0; w < wide; ++w) {
       map_vector(map, k[w], in, out, r * pitch, move_mask<Map>(mask, r * mask_pitch), column + w * lanes,
                  wide > 1 ? lanes : some);
@@ -117,23 +117,21 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
   }
 }
 
-template <class Map, int rows, class E, class A = accumulate_t<E>>
-inline void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t pitch,
-                     uint8_t* mask, int64_t mask_pitch, int64_t columns, const Coefficients<A>& coefficients) {
+template <class Map, class E, class A = accumulate_t<E>>
+BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t rows,
+                              int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t columns,
+                              const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  constexpr int wide = Map::coefficients > 4 ? 2 : 4;
-  const auto tile = [&](auto vectors, int64_t j, int64_t some) {
-    map_tile<Map, rows, decltype(vectors)::value>(map, in, out, pitch, mask, mask_pitch, j, some, coefficients);
-  };
-  using One = std::integral_constant<int, 1>;
+  constexpr int wide = Map::heavy ? 1 : Map::coefficients > 4 ? 2 : 4;
   int64_t j = 0;
-  if constexpr (Map::heavy) {
-    for (; j < columns; j += lanes) tile(One{}, j, min(lanes, columns - j));
-    return;
+  if constexpr (wide > 1) {
+    for (; j + wide * lanes <= columns; j += wide * lanes) {
+      map_tile<Map, wide>(map, in, out, rows, pitch, mask, mask_pitch, j, lanes, coefficients);
+    }
   }
-  for (; j + wide * lanes <= columns; j += wide * lanes) tile(std::integral_constant<int, wide>{}, j, lanes);
-  for (; j + lanes <= columns; j += lanes) tile(One{}, j, lanes);
-  if (j < columns) tile(One{}, j, columns - j);
+  for (; j < columns; j += lanes) {
+    map_tile<Map, 1>(map, in, out, rows, pitch, mask, mask_pitch, j, min(lanes, columns - j), coefficients);
+  }
 }
 
 // Collects results in the first-level cache and writes them past the caches in whole lines. Little is collected at a
@@ -240,9 +238,9 @@ inline void for_each_chunk_backwards(const Shape& shape, Range samples, int64_t 
 }
 
 template <class Map, class E, class A>
-inline void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E, Map::inputs> in,
-                       Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
-                       const Coefficients<A>& coefficients) {
+BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E, Map::inputs> in,
+                                Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
+                                const Coefficients<A>& coefficients) {
   constexpr int64_t longest_whole_plane = 65536;
   LineWriters<E, Map::outputs> writers;
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
@@ -275,9 +273,9 @@ inline void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E
 }
 
 template <class Map, class E, class A>
-inline void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool stream, Inputs<E, Map::inputs> in,
-                        Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
-                        const Coefficients<A>& coefficients) {
+BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool stream,
+                                 Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, Range channels,
+                                 Range samples, const Coefficients<A>& coefficients) {
   const ColumnCoefficients<Map::coefficients, A> of_columns(shape, repeat, channels, coefficients);
   const Coefficients<A> per_column = of_columns.from(0);
   const int64_t row_columns = channels.size() * shape.inner;
@@ -294,17 +292,15 @@ inline void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool
     };
     int64_t row = 0;
     if (!stream) {
-      constexpr int together = rows_together<Map>;
-      const auto do_rows = [&](auto count, int64_t width) {
+      for (; row < whole; row += rows_together) {
         const int64_t at = base + row * pitch;
-        map_rows<Map, decltype(count)::value>(map, in.at(at), out.at(at), pitch, bits_of(row, 0), mask_pitch, width,
-                                              per_column);
-        row += decltype(count)::value;
-      };
-      using One = std::integral_constant<int, 1>;
-      while (row + together <= whole) do_rows(std::integral_constant<int, together>{}, columns);
-      while (row < whole) do_rows(One{}, columns);
-      if (rest > 0) do_rows(One{}, rest);
+        map_rows(map, in.at(at), out.at(at), min(rows_together, whole - row), pitch, bits_of(row, 0), mask_pitch,
+                 columns, per_column);
+      }
+      if (rest > 0) {
+        const int64_t at = base + whole * pitch;
+        map_rows(map, in.at(at), out.at(at), 1, pitch, bits_of(whole, 0), mask_pitch, rest, per_column);
+      }
       return;
     }
     for (; row < whole + (rest > 0 ? 1 : 0); ++row) {
@@ -312,8 +308,7 @@ inline void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool
       if (row == 0 || columns < pitch) writers.start(out.at(at));
       for (int64_t j = 0; j < width; j += writers.piece) {
         const int64_t some = min(width - j, writers.piece);
-        map_rows<Map, 1>(map, in.at(at + j), writers.next(), pitch, bits_of(row, j), mask_pitch, some,
-                         of_columns.from(j));
+        map_rows(map, in.at(at + j), writers.next(), 1, pitch, bits_of(row, j), mask_pitch, some, of_columns.from(j));
         writers.add(some);
       }
     }

@@ -9,6 +9,9 @@
 #include "core/dtype.h"
 #include "core/formulas.h"
 
+// Of functions that are called once a block or a few rows: inlined wherever they are called, they are most of the code.
+#define BN_CPU_NOINLINE inline __attribute__((noinline))
+
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
 
 template <class T, int count>

@@ -121,10 +121,10 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
 
 // `rows` rows added to the sums of `wide` vectors of columns, which stay in registers meanwhile. Of a single vector,
 // only the first `some` columns may be there.
-template <class Sum, int rows, int wide, class E, class A>
-BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t pitch, const uint8_t* mask,
-                             int64_t mask_pitch, int64_t column, int64_t some, const Coefficients<A>& coefficients,
-                             A* s, A* q) {
+template <class Sum, int wide, class E, class A>
+BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t rows, int64_t pitch,
+                             const uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
+                             const Coefficients<A>& coefficients, A* s, A* q) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> k[wide][Sum::coefficients];
   SumPair<A> sums[wide];
@@ -132,7 +132,7 @@ BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t 
     for (int n = 0; n < Sum::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
     sums[w] = {Vec<A>(A(0)), Vec<A>(A(0))};
   }
-  for (int r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int w = 0; w < wide; ++w) {
       const int64_t at = column + w * lanes;
       Vec<A> v[Sum::inputs];
@@ -152,23 +152,21 @@ BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t 
 }
 
 // `rows` rows added to per-column sums.
-template <class Sum, int rows, class E, class A = accumulate_t<E>>
-inline void sum_rows(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t pitch, const uint8_t* mask, int64_t mask_pitch,
-                     int64_t columns, const Coefficients<A>& coefficients, A* s, A* q) {
+template <class Sum, class E, class A = accumulate_t<E>>
+BN_CPU_NOINLINE void sum_rows(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t rows, int64_t pitch,
+                              const uint8_t* mask, int64_t mask_pitch, int64_t columns,
+                              const Coefficients<A>& coefficients, A* s, A* q) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  constexpr int wide = Sum::coefficients > 1 ? 2 : 4;
-  const auto tile = [&](auto vectors, int64_t j, int64_t some) {
-    sum_tile<Sum, rows, decltype(vectors)::value>(sum, in, pitch, mask, mask_pitch, j, some, coefficients, s, q);
-  };
-  using One = std::integral_constant<int, 1>;
+  constexpr int wide = Sum::heavy ? 1 : Sum::coefficients > 1 ? 2 : 4;
   int64_t j = 0;
-  if constexpr (Sum::heavy) {
-    for (; j < columns; j += lanes) tile(One{}, j, min(lanes, columns - j));
-    return;
+  if constexpr (wide > 1) {
+    for (; j + wide * lanes <= columns; j += wide * lanes) {
+      sum_tile<Sum, wide>(sum, in, rows, pitch, mask, mask_pitch, j, lanes, coefficients, s, q);
+    }
   }
-  for (; j + wide * lanes <= columns; j += wide * lanes) tile(std::integral_constant<int, wide>{}, j, lanes);
-  for (; j + lanes <= columns; j += lanes) tile(One{}, j, lanes);
-  if (j < columns) tile(One{}, j, columns - j);
+  for (; j < columns; j += lanes) {
+    sum_tile<Sum, 1>(sum, in, rows, pitch, mask, mask_pitch, j, min(lanes, columns - j), coefficients, s, q);
+  }
 }
 
 // A run of `count` in each of the channels, which are `pitch` elements and `mask_pitch` bytes of the mask apart. All
@@ -185,8 +183,8 @@ inline void sum_runs(Sum sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, in
 
 // Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): merge(s, q) with the channels' sums.
 template <class Sum, class E, class A, class Merge>
-inline void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs> in, const uint8_t* mask,
-                       Range channels, Range slab, const Coefficients<A>& coefficients, Merge merge) {
+BN_CPU_NOINLINE void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs> in, const uint8_t* mask,
+                                Range channels, Range slab, const Coefficients<A>& coefficients, Merge merge) {
   SumPair<A> sums[max_block_channels];
   for (int64_t c = 0; c < channels.size(); ++c) sums[c] = {Vec<A>(A(0)), Vec<A>(A(0))};
   const int64_t mask_row = mask_row_bytes(shape.inner);
@@ -252,14 +250,13 @@ struct ColumnCoefficients {
   }
 };
 
-// How many rows a tile has.
-template <class Operation>
-constexpr int rows_together = Operation::heavy ? 1 : 8;
+// The most rows of a tile.
+constexpr int64_t rows_together = 8;
 
 template <class Sum, class E, class A, class Merge>
-inline void sum_columns(const Sum& sum, const Shape& shape, int64_t repeat, Inputs<E, Sum::inputs> in,
-                        const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
-                        Merge merge) {
+BN_CPU_NOINLINE void sum_columns(const Sum& sum, const Shape& shape, int64_t repeat, Inputs<E, Sum::inputs> in,
+                                 const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
+                                 Merge merge) {
   constexpr int64_t padded = max_columns + Vec<A>::lanes;
   alignas(cache_line) A s[padded], q[padded];
   const ColumnCoefficients<Sum::coefficients, A> of_columns(shape, repeat, channels, coefficients);
@@ -268,21 +265,17 @@ inline void sum_columns(const Sum& sum, const Shape& shape, int64_t repeat, Inpu
   const int64_t columns = row_columns * repeat;
   for (int64_t j = 0; j < columns + Vec<A>::lanes; ++j) s[j] = q[j] = A(0);
 
-  constexpr int together = rows_together<Sum>;
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t begin = slab.begin / shape.inner, rows = slab.size() / shape.inner;
   in = in.at((begin * shape.channels + channels.begin) * shape.inner);
   mask = move_mask<Sum>(mask, begin / repeat * mask_pitch + channels.begin * shape.inner / 8);
-  int64_t row = 0;
-  const auto add = [&](auto count, int64_t width) {
-    const uint8_t* const bits = move_mask<Sum>(mask, row * mask_pitch);
-    sum_rows<Sum, decltype(count)::value>(sum, in.at(row * pitch), pitch, bits, mask_pitch, width, per_column, s, q);
-    row += decltype(count)::value;
+  const auto add = [&](int64_t row, int64_t count, int64_t width) {
+    sum_rows(sum, in.at(row * pitch), count, pitch, move_mask<Sum>(mask, row * mask_pitch), mask_pitch, width,
+             per_column, s, q);
   };
-  using One = std::integral_constant<int, 1>;
-  while (row + together <= rows / repeat) add(std::integral_constant<int, together>{}, columns);
-  while (row < rows / repeat) add(One{}, columns);
-  if (rows % repeat != 0) add(One{}, rows % repeat * row_columns);
+  const int64_t whole = rows / repeat;
+  for (int64_t row = 0; row < whole; row += rows_together) add(row, min(rows_together, whole - row), columns);
+  if (rows % repeat != 0) add(whole, 1, rows % repeat * row_columns);
 
   for (int64_t r = 1; r < repeat; ++r) {
     for (int64_t j = 0; j < row_columns; ++j) {

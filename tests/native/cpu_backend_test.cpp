@@ -594,10 +594,11 @@ void test_fused() {
   int turn = 0;
   const auto test = [&](const Shape& shape) {
     for (const Fusion& fusion : fusions) {
-      if (shape.elements() > 50000 && !(fusion.mask && fusion.residual)) continue;
+      const bool large = shape.elements() > 50000;
+      if (large && !(fusion.mask && fusion.residual && fusion.activation == Activation::relu)) continue;
       ++turn;
       check_fused<E>(shape, fusion, true, turn % 3 + 1);
-      check_fused<E>(shape, fusion, false, (turn + 1) % 3 + 1);
+      if (!large) check_fused<E>(shape, fusion, false, (turn + 1) % 3 + 1);
     }
   };
   for (const Shape& shape : shapes) test(shape);
@@ -721,8 +722,7 @@ void test_streamed() {
     const Forward<E> saved = c.forward(2, true);
     check_forward(c, saved, true, 0.1, c.name() + " streamed");
     check_backward(c, saved, backward(c, saved, 2, true), true, true, true, true, c.name() + " streamed");
-    check_fused<E>(shape, {Activation::relu, true, true}, true, 2);
-    check_fused<E>(shape, {Activation::leaky_relu, false, false, true}, true, 2);
+    if (shape.channels < 100) check_fused<E>(shape, {Activation::relu, true, true}, true, 2);
   }
 }
 
