@@ -10,7 +10,7 @@
 
 namespace batchnorm_ext::cuda {
 
-template <class T_>
+template <class T_, int kSlots = 4>
 struct ChannelStatistics {
   using T = T_;
   using A = accumulate_t<T>;
@@ -18,7 +18,7 @@ struct ChannelStatistics {
   using Coefficients = NormalizeCoefficients<A>;
   static constexpr bool kEpilogue = false, kEpilogueInSums = false;
   static constexpr int kInputs = 1;
-  static constexpr int kUnroll = 4, kMapUnroll = 1;
+  static constexpr int kUnroll = kSlots, kMapUnroll = 1;
   static constexpr Reuse kReuse = Reuse::soon;
 
   const T* inputs[kInputs];  // x
@@ -75,9 +75,17 @@ struct ChannelStatistics {
           squares[u] = multiply_add(d, d, squares[u]);
         }
       }
-      static_assert(kUnroll == 4);
-      sums[a].sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      sums[a].squares += (squares[0] + squares[1]) + (squares[2] + squares[3]);
+      // Pairwise.
+#pragma unroll
+      for (int distance = 1; distance < kUnroll; distance *= 2) {
+#pragma unroll
+        for (int u = 0; u + distance < kUnroll; u += 2 * distance) {
+          sum[u] += sum[u + distance];
+          squares[u] += squares[u + distance];
+        }
+      }
+      sums[a].sum += sum[0];
+      sums[a].squares += squares[0];
     }
   }
 

@@ -107,11 +107,15 @@ struct NormalizeActivate : Normalize<T_> {
   }
 };
 
+// Slots have twice the bytes here for float.
+template <class T>
+constexpr int kStatisticsUnroll = sizeof(T) == 2 ? 4 : 2;
+
 // All steps of forward with an epilogue, as `resident` runs them.
 template <class T_>
-struct StatisticsActivate : ChannelStatistics<T_> {
+struct StatisticsActivate : ChannelStatistics<T_, kStatisticsUnroll<T_>> {
   using T = T_;
-  using Base = ChannelStatistics<T>;
+  using Base = ChannelStatistics<T, kStatisticsUnroll<T>>;
   using Coefficients = typename Base::Coefficients;
   static constexpr bool kEpilogue = true;
   static constexpr int kMapUnroll = 1;  // what is kept needs no loads in flight

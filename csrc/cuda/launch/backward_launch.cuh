@@ -60,12 +60,11 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
 
   if (plan.resident.fits) {
     const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
-    if (has_epilogue) {
+    if constexpr (resident_has_epilogue(DTypeOf<T>::value)) {
       const ActivatedGradientSums<T, 1> activated{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse};
-      launch_resident("backward", plan.resident, activated, dx, reuse, nullptr, workspace, stream);
-    } else {
-      launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
+      if (has_epilogue) launch_resident("backward", plan.resident, activated, dx, reuse, nullptr, workspace, stream);
     }
+    if (!has_epilogue) launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
     return;
   }
   if (plan.needs_sums) {

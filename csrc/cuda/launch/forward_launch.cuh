@@ -39,7 +39,6 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
     const FinalizeStatistics<T> finalize{shape,      x,    params.weight, params.bias,   params.running,
                                          params.eps, mean, inv_std,       params.record, params.signature};
     const int64_t splits = plan.statistics.splits;
-    const ChannelStatistics<T> statistics{{x}, finalize, partials, splits, coefficients};
     if (plan.resident.fits) {
       // Blocks that read the counter must all have done so before it changes.
       const bool counter_is_read = params.running.cumulative && counter != nullptr;
@@ -47,14 +46,14 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
         launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse,
                         counter_is_read ? nullptr : counter, workspace, stream);
       };
-      if (has_epilogue) {
-        run(StatisticsActivate<T>{statistics, epilogue});
-      } else {
-        run(statistics);
+      if constexpr (resident_has_epilogue(DTypeOf<T>::value)) {
+        if (has_epilogue) run(StatisticsActivate<T>{{{x}, finalize, nullptr, 1, nullptr}, epilogue});
       }
+      if (!has_epilogue) run(ChannelStatistics<T>{{x}, finalize, nullptr, 1, nullptr});
       if (counter_is_read) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
       return;
     }
+    const ChannelStatistics<T> statistics{{x}, finalize, partials, splits, coefficients};
     launch_reduce<true>("channel_statistics", plan.statistics, statistics, stream);
     if (splits > 1) {
       launch_finalize("finalize_statistics", stream, finalize_statistics<T, kFinalizeThreads>, shape.channels, finalize,

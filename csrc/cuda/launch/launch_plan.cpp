@@ -283,18 +283,11 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
   return plan;
 }
 
-DeviceLimits without_groups(DeviceLimits limits) {
-  limits.cooperative = false;
-  for (int& clusters : limits.active_clusters) clusters = 0;
-  return limits;
-}
-
 // Tiles as wide as leave room for two groups at once, one of which copies while the other exchanges; else the widest.
 ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& alignment, bool epilogue, const Kept& kept,
-                           DeviceLimits limits) {
+                           const DeviceLimits& limits) {
   ResidentPlan best{};
-  // These need too many registers for two blocks on a multiprocessor, so none may wait for another.
-  if (epilogue && dtype == DType::float64) limits = without_groups(limits);
+  if (epilogue && !resident_has_epilogue(dtype)) return best;
   for (const int64_t row_bytes : kResidentRowBytes) {
     const StepPlan step = lay(shape, dtype, alignment, row_bytes, epilogue);
     if (!step.vectors) break;

@@ -52,6 +52,10 @@ struct StepPlan {
 // forward and backward.
 StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, const DeviceLimits& limits,
                    bool epilogue = false);
+// Whether an epilogue may be part of `resident`: of double it wants more registers than there are.
+constexpr bool resident_has_epilogue(DType dtype) {
+  return dtype != DType::float64;
+}
 bool has_epilogue(const ForwardParams& params);
 bool has_epilogue(const BackwardParams& params);
 
