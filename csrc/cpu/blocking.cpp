@@ -57,12 +57,16 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tensor_bytes = shape.elements() * element_size;
   const int64_t channel_bytes = shape.samples() * element_size * traffic.inputs;
   const int64_t run_bytes = shape.inner * element_size;  // of one channel
-  const int64_t shortest = shape.outer >= rows_for_planes        ? shortest_plane
-                           : shape.outer >= rows_for_two_vectors ? 2 * lanes
-                                                                 : lanes;
+  // A channel's columns are worth adding up, but not worth a coefficient each. Masks are the same in all calls.
+  const bool sums = traffic.sums || traffic.masked;
+  const int64_t shortest = shape.outer >= rows_for_planes && sums ? shortest_plane
+                           : shape.outer >= rows_for_two_vectors  ? 2 * lanes
+                                                                  : lanes;
   blocking.columns = shape.inner < shortest;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
-  blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > 2 * shared_cache;
+  // What is read once has room beside what is written; what is read again should not be pushed out.
+  const int64_t cached = (traffic.sums_first ? 2 : 4) * shared_cache;
+  blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 
   const int64_t widest = blocking.columns ? max_columns / shape.inner
                          : traffic.sums   ? max_block_channels
