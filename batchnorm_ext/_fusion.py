@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_internals
 
 from . import _reference
-from .functional import batch_norm_act_with_counter
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
-_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+# The classes whose `_forward_act` is their forward and what follows it; one may take another's place in a plan.
+NORMS: set[type[nn.Module]] = {BatchNorm1d, BatchNorm2d, BatchNorm3d}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -70,10 +70,7 @@ def batch_norm_act(
         and residual.dtype == input.dtype
         and residual.device == input.device
     ):
-        norm._check_input_dim(input)
-        return batch_norm_act_with_counter(
-            input, residual, *(*norm._call(), activation, negative_slope, False)
-        )
+        return norm._forward_act(input, residual, activation, negative_slope)
     return _reference.activate(norm(input) + residual, activation, negative_slope)
 
 
@@ -87,7 +84,7 @@ class _Plan:
     inputs
         The names of the tensors that forward takes.
     watched
-        ``(path, class, epilogue)`` of each module whose own forward does not run.
+        ``(path, class, epilogue)`` of each module whose own forward does not run. The class of a batch norm is None.
     chains
         What runs in one call, in words.
     """
@@ -97,7 +94,7 @@ class _Plan:
         source: str,
         names: dict[str, Any],
         inputs: tuple[str, ...],
-        watched: tuple[tuple[tuple[str, ...], type[nn.Module], _Epilogue | None], ...],
+        watched: tuple[tuple[tuple[str, ...], type[nn.Module] | None, _Epilogue | None], ...],
         chains: tuple[str, ...],
     ) -> None:
         self.source, self.names, self.inputs = source, names, inputs
@@ -128,7 +125,7 @@ class _Plan:
             found: nn.Module | None = container
             for name in path:
                 found = None if found is None else found._modules.get(name)
-            if found is None or _unfused_class(found) is not kind or _is_hooked(found):
+            if found is None or _watched_class(found) is not kind or _is_hooked(found):
                 return False
             if epilogue is not None and _epilogue_of(found) != epilogue:
                 return False
@@ -200,6 +197,10 @@ def _unfused_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_unfused_class", type(module))
 
 
+def _watched_class(module: nn.Module) -> type[nn.Module] | None:
+    return None if type(module) in NORMS else _unfused_class(module)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Return whether something beside its class has a part in a call of the module."""
     members = module.__dict__
@@ -245,7 +246,7 @@ def _fuse_below(
     """Fuse inside `module`; return its batch norms whose output is all that it returns: its caller may go on."""
     if module in done:
         return done[module]
-    if type(module) in _NORMS:
+    if type(module) in NORMS:
         return {module}
     done[module] = set()  # a module inside itself
     waiting: set[nn.Module] = set()
@@ -480,7 +481,7 @@ class _Rewriting:
             if isinstance(value, ModuleType):
                 raise _NotTraceable(f"its trace needs {value.__name__}")
         watched = tuple(
-            (tuple(path.split(".")), _unfused_class(module), _epilogue_of(module))
+            (tuple(path.split(".")), _watched_class(module), _epilogue_of(module))
             for path, module in ((path, self.modules[path]) for path in sorted(self.watched))
         )
         return _Plan(code.src, names, self.inputs, watched, tuple(self.chains)), open_norms
@@ -547,7 +548,7 @@ class _Rewriting:
     def _is_norm(self, node: torch.fx.Node) -> bool:
         return (
             node.op == "call_module"
-            and type(self.modules[cast("str", node.target)]) in _NORMS
+            and type(self.modules[cast("str", node.target)]) in NORMS
             and len(node.args) == 1
             and isinstance(node.args[0], torch.fx.Node)
             and not node.kwargs

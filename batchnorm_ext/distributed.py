@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _operators, _reference
+from . import _fusion, _operators, _reference
 from .autograd import is_recomputing, passing_derivative, what_is_kept
 from .convert import _LAZY, _OURS, _TORCHS
 from .functional import _check_eps, _kernels_apply, check_activation
@@ -348,6 +348,20 @@ class SyncBatchNorm(BatchNormNd):
             return super().forward(input)
         return self._synchronised(input, None, "identity", 0.0, group)
 
+    def _forward_act(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        negative_slope: float,
+        inplace: bool = False,
+    ) -> Tensor:
+        group = self._synchronising_group() if self.training else None
+        if group is None:
+            return super()._forward_act(input, residual, activation, negative_slope, inplace)
+        check_activation(activation, negative_slope, inplace)
+        return self._synchronised(input, residual, activation, negative_slope, group)
+
     def _synchronised(
         self,
         input: Tensor,
@@ -466,14 +480,8 @@ class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
     take the input's memory, which `inplace` only permits.
     """
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return this process's part of the output, in the dtype and memory order of `input`."""
-        group = self._synchronising_group() if self.training else None
-        if group is None:
-            return super().forward(input, residual)
-        check_activation(self.activation, self.negative_slope, self.inplace)
-        return self._synchronised(input, residual, self.activation, self.negative_slope, group)
 
+_fusion.NORMS.update((BatchNormNd, SyncBatchNorm))
 
 # What `convert_sync_batchnorm` converts; what it does not know the dimension of reverts to BatchNormNd.
 _CONVERTED = frozenset(

@@ -62,6 +62,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         return batch_norm_with_counter(input, *self._call())
 
+    def _forward_act(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        negative_slope: float,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Return ``activation(forward(input) + residual)`` in one call."""
+        self._check_input_dim(input)
+        epilogue = activation, negative_slope, inplace
+        return batch_norm_act_with_counter(input, residual, *(*self._call(), *epilogue))
+
     def _traced(self, input: torch.fx.Proxy, *others: Any) -> Any:
         # A symbolic trace keeps the module whole, as it keeps torch's.
         tracer: Any = input.tracer
@@ -255,9 +268,9 @@ class _BatchNormAct(_BatchNorm):
         """Return ``activation(batch_norm(input) + residual)``, in the dtype and memory order of `input`."""
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._traced(input, *(() if residual is None else (residual,)))
-        self._check_input_dim(input)
-        epilogue = self.activation, self.negative_slope, self.inplace
-        return batch_norm_act_with_counter(input, residual, *(*self._call(), *epilogue))
+        return self._forward_act(
+            input, residual, self.activation, self.negative_slope, self.inplace
+        )
 
     def extra_repr(self) -> str:
         """Return the description of batch norm, and what follows it."""

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm_ext
-from batchnorm_ext import SyncBatchNorm, SyncBatchNormAct, revert_sync_batchnorm
+from batchnorm_ext import (
+    SyncBatchNorm,
+    SyncBatchNormAct,
+    convert_batchnorm,
+    revert_batchnorm,
+    revert_sync_batchnorm,
+)
 from batchnorm_ext.distributed import BatchNormActNd, BatchNormNd, SyncBatchNormFunction
+from benchmarks.models import basic_block
 
 # How many samples each rank has: uneven, and with ranks that have none.
 PARTS = {1: (6,), 2: (4, 3), 3: (3, 0, 4), 4: (0, 2, 1, 5)}
@@ -367,6 +375,83 @@ def fused_differentiates_twice(rank: int) -> None:
 
 def test_double_backward_of_fused_calls(ranks):
     ranks.run(3, fused_differentiates_twice)
+
+
+def fused(module: nn.Module) -> nn.Module:
+    return convert_batchnorm(module, fuse_activations=True)
+
+
+FUSED_AND_SYNCHRONISED = {
+    "synchronised first": lambda m: fused(SyncBatchNorm.convert_sync_batchnorm(m)),
+    "fused first": lambda m: SyncBatchNorm.convert_sync_batchnorm(fused(m)),
+    "torch's, converted": lambda m: fused(
+        SyncBatchNorm.convert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(m))
+    ),
+    "torch's, fused first": lambda m: SyncBatchNorm.convert_sync_batchnorm(
+        nn.SyncBatchNorm.convert_sync_batchnorm(fused(m))
+    ),
+}
+
+
+def fused_containers(rank: int, order: str) -> None:
+    """A block with a sum equals an unfused one on the joined batch, and runs each chain in one call."""
+    theirs = parametrized(basic_block(3, 4, 2)).double()
+    ours = FUSED_AND_SYNCHRONISED[order](copy.deepcopy(theirs))
+    own = part_of(PARTS[2], rank)
+    x = tensor(sum(PARTS[2]), 3, 6, 6)
+    dy = tensor(sum(PARTS[2]), 4, 3, 3, seed=1)
+
+    def step(module: nn.Module, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        given = x[part].clone().requires_grad_()
+        y = module(given)
+        y.backward(dy[part])
+        return y, given.grad
+
+    outcome = step(theirs, slice(None))
+    epilogues = []
+    apply = SyncBatchNormFunction.apply
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        epilogues.append((arguments[1] is not None, arguments[10]))
+        return apply(*arguments)
+
+    with mock.patch.object(SyncBatchNormFunction, "apply", recorded):
+        for actual, expected in zip(step(ours, own), outcome, strict=True):
+            torch.testing.assert_close(actual, expected[own], rtol=1e-9, atol=1e-10)
+    assert epilogues == [(False, "relu"), (False, "identity"), (True, "relu")]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-10)
+    for mine, whole in zip(ours.parameters(), theirs.parameters(), strict=True):
+        dist.all_reduce(mine.grad)
+        torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", FUSED_AND_SYNCHRONISED)
+def test_fused_containers_synchronise(ranks, order):
+    ranks.run(2, fused_containers, order)
+
+
+@pytest.mark.parametrize("order", FUSED_AND_SYNCHRONISED)
+@pytest.mark.parametrize(
+    "reverts",
+    [(revert_batchnorm, revert_sync_batchnorm), (revert_sync_batchnorm, revert_batchnorm)],
+    ids=["fusion first", "synchronisation first"],
+)
+def test_fusion_and_synchronisation_are_reverted_in_any_order(order, reverts):
+    theirs = parametrized(basic_block(3, 4, 2))
+    ours = FUSED_AND_SYNCHRONISED[order](copy.deepcopy(theirs))
+    for revert in reverts:
+        revert(ours)
+    assert type(ours) is type(theirs)
+    assert vars(ours).keys() == vars(theirs).keys()
+    expected: type[nn.Module] = nn.BatchNorm2d
+    if "torch's" in order:
+        expected = BatchNormNd
+    elif (order, reverts[0]) == ("fused first", revert_batchnorm):
+        expected = batchnorm_ext.BatchNorm2d  # what it was when it was synchronised
+    assert type(ours.body[1]) is expected
+    x = tensor(3, 3, 6, 6).float()
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def checkpointed(rank: int) -> None:
