@@ -463,6 +463,7 @@ Plans resident_plans(const Case& c) {
 std::optional<Case> grouped(Case c, cuda::Exchange exchange) {
   if (exchange == cuda::Exchange::cluster) {
     c.limits.cooperative = false;
+    c.limits.active_clusters[3] = 1;
   } else {
     for (int& clusters : c.limits.active_clusters) clusters = 0;
   }
@@ -482,11 +483,12 @@ std::optional<Case> grouped(Case c, cuda::Exchange exchange) {
 
 // What the cases reached.
 struct Reached {
-  int clusters = 0, grids = 0, several_tiles = 0, shared_merges = 0, phases = 0;
+  int clusters = 0, large_clusters = 0, grids = 0, several_tiles = 0, shared_merges = 0, phases = 0;
 
   void note(const cuda::ResidentPlan& plan) {
     if (!plan.fits || plan.groups.exchange == cuda::Exchange::none) return;
     ++(plan.groups.exchange == cuda::Exchange::cluster ? clusters : grids);
+    large_clusters += plan.groups.exchange == cuda::Exchange::cluster && plan.groups.size > cuda::kPortableCluster;
     several_tiles += plan.groups.tiles > plan.groups.count;
     shared_merges += !plan.groups.each_merges;
     phases += !plan.step.rows && plan.step.column_view.phases > 1;
@@ -815,6 +817,22 @@ void nonfinite() {
   }
 }
 
+// Tiles that some device holds in clusters beyond the portable size.
+void large_clusters() {
+  for (const Shape shape : {Shape{24, 2, 2100}, Shape{9, 3, 4099}, Shape{1200, 40, 1}, Shape{130, 12, 49}}) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      Case c{"large clusters", shape, dtype};
+      check(c);
+      c.in_place = true;
+      check(c);
+      c.in_place = false;
+      c.activation = Activation::relu;
+      c.residual = c.mask = true;
+      check(c);
+    }
+  }
+}
+
 // What is finalised must not depend on whether another block of the group has overwritten its part already.
 void in_place() {
   for (const Shape shape : {Shape{12, 6, 37}, Shape{3, 2, 1500}, Shape{60, 40, 1}, Shape{20, 5, 49}}) {
@@ -872,12 +890,58 @@ void launches() {
   Case small{"small", {4, 16, 8}, DType::float32};
   report(count(small, true) == 1, "a small tensor takes one launch forward");
   report(count(small, false) == 1, "a small tensor takes one launch backward");
+  small.cumulative = split.cumulative = true;
+  report(count(small, true) == 1 && count(split, true) == 1, "cumulative averages take one launch forward");
   report(count(streaming(small), true) == 2, "unsplit channels take two launches forward");
   report(count(streaming(small), false) == 2, "unsplit channels take two launches backward");
   report(count(small, false, {false, true, true}) == 1, "parameter gradients take one launch");
   small.training = false;
   report(count(small, true) == 1, "evaluation takes one launch forward");
   report(count(small, false) == 1, "evaluation takes one launch backward");
+}
+
+// A device that has less room than its limits tell refuses blocks that wait for each other.
+void refused() {
+  for (const DType dtype : {DType::float32, DType::bfloat16}) {
+    for (const Activation activation : {Activation::identity, Activation::relu}) {
+      Case c{"refused", {16, 2, 4096}, dtype};
+      c.activation = activation;
+      c = *grouped(c, cuda::Exchange::grid);
+      const emulation::Device whole = emulation::device;
+      emulation::device.multiprocessors = 1;
+      emulation::device.shared_bytes_per_multiprocessor = c.limits.shared_bytes_per_multiprocessor;
+      const int64_t before = emulation::counters.launches;
+      Tensors t = inputs(c);
+      run(c, forward_params(c, t));
+      report(emulation::counters.launches - before == 3, "what is refused is done in steps");
+      check(c, {{true, true, true}}, false);
+      emulation::device = whole;
+    }
+  }
+}
+
+// Counters that hold anything: a count is a count.
+void counters() {
+  for (const Case& plain : {Case{"small", {4, 16, 8}, DType::float32}, Case{"split", {16, 2, 4096}, DType::float32}}) {
+    for (const bool cumulative : {false, true}) {
+      for (const int64_t count : {int64_t(0), int64_t(-1), int64_t(-5), int64_t(1) << 34}) {
+        Case c = plain;
+        c.cumulative = cumulative;
+        Tensors t = inputs(c);
+        t.counter = count;
+        const double before = t.running_mean.get(0);
+        run(c, forward_params(c, t));
+        const double momentum = cumulative ? 1.0 / static_cast<double>(count + 1) : c.momentum;
+        Comparison compare;
+        compare.expect(t.counter == count + 1, "the batch was not counted once");
+        if (count != -1) {
+          const double wanted = (1 - momentum) * before + momentum * t.mean.get(0);
+          compare.expect("running_mean", 0, t.running_mean.get(0), wanted, 1e-6, 1 + std::abs(wanted));
+        }
+        report(compare.why().empty(), c.name + " counters", compare.why());
+      }
+    }
+  }
 }
 
 void failures() {
@@ -1084,6 +1148,8 @@ void inverted() {
 
 int main() {
   launches();
+  refused();
+  counters();
   failures();
   empty();
   flags();
@@ -1092,17 +1158,26 @@ int main() {
   numerics();
   nonfinite();
   in_place();
+  large_clusters();
   joined();
   epilogues();
   inverted();
+  emulation::device.code = 80;
+  report(cuda::device_limits(0).active_clusters[0] == 0, "code for devices without clusters has none");
+  emulation::device.code = 90;
+  emulation::device.multiprocessors = 16;
+  report(cuda::device_limits(0).active_clusters[3] == 2, "clusters of 16");
+  emulation::device.multiprocessors = 4;
   const cuda::DeviceLimits limits = cuda::device_limits(0);
   report(limits.multiprocessors == 4 && limits.compute_capability == 90 && limits.cooperative &&
              limits.active_clusters[0] == 4 && limits.active_clusters[2] == 1 && limits.active_clusters[3] == 0,
          "device limits");
-  std::printf("calls by clusters %d, across the grid %d, of several tiles %d, with shared merges %d, in phases %d\n",
-              reached.clusters, reached.grids, reached.several_tiles, reached.shared_merges, reached.phases);
-  report(reached.clusters > 100 && reached.grids > 100 && reached.several_tiles > 50 && reached.shared_merges > 20 &&
-             reached.phases > 20,
+  std::printf(
+      "calls by clusters %d, of 16 %d, across the grid %d, of several tiles %d, with shared merges %d, in phases %d\n",
+      reached.clusters, reached.large_clusters, reached.grids, reached.several_tiles, reached.shared_merges,
+      reached.phases);
+  report(reached.clusters > 100 && reached.large_clusters > 30 && reached.grids > 100 && reached.several_tiles > 50 &&
+             reached.shared_merges > 20 && reached.phases > 20,
          "the cases reach all exchanges");
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -84,7 +84,7 @@ def table(kernels: dict[str, dict[str, Kernel]], architectures: list[str]) -> st
     """Markdown: registers of the main kernels, those of plain batch norm with 16-byte vectors."""
     rows: dict[str, dict[str, str]] = {}
     for name, compiled in kernels.items():
-        match = re.fullmatch(r"(\w+)<(\w+)<(\w+)(?:, (?:false|0))*>, (\w+), (\d+), \d+>", name)
+        match = re.fullmatch(r"(\w+)<(\w+)<(\w+)(?:, (?:false|\d))*>, (\w+), (\d+), \d+>", name)
         if match is None or match[1] not in HOT or match[3] not in DTYPES or "Activat" in match[2]:
             continue
         if int(match[5]) * DTYPES[match[3]] != 16:

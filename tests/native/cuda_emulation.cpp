@@ -383,6 +383,9 @@ void sync_warp(unsigned mask, int site) {
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) {
+    fail("copies what is off a boundary of the copy's size");
+  }
   memset(to, 0x5a, bytes);
   Fiber& fiber = *engine.current;
   fiber.copies.push_back({to, from, bytes, fiber.copy_groups});

@@ -64,6 +64,7 @@ inline Settings settings;
 struct Device {
   int multiprocessors = 4;
   int64_t shared_bytes_per_block = 232448, shared_bytes_per_multiprocessor = 233472;
+  int code = 90;  // the compute capability that the kernels were compiled for
 };
 inline Device device;
 
@@ -170,9 +171,7 @@ void __stcs(V* address, V value) {
 template <class V>
 V atomicAdd(V* address, V value) {
   static_assert(std::is_integral_v<V>, "sums of floating-point numbers by atomics depend on the order of threads");
-  const V before = *address;
-  *address = static_cast<V>(before + value);
-  return before;
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 inline void __threadfence() {}
 
@@ -209,6 +208,14 @@ enum cudaDeviceAttr {
   cudaDevAttrCooperativeLaunch,
   cudaDevAttrClusterLaunch,
 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulation::device.code;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const emulation::Device& device = emulation::device;
   const int values[] = {9,

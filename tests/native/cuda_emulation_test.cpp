@@ -150,6 +150,16 @@ void blocks_together() {
          "a grid that cannot be alive at once is refused");
 }
 
+bool is_refused(void (*kernel)(int*)) {
+  std::vector<int> out(64);
+  try {
+    launch(1, 64, 0, kernel, out.data());
+  } catch (const emulation::EmulationError&) {
+    return true;
+  }
+  return false;
+}
+
 // Copies in three groups, of which it waits for all but `pending`, and reads the second.
 __global__ void copies(const int* in, int* out, int pending, bool waits_at_last) {
   int* const shared = reinterpret_cast<int*>(emulation::shared_memory()) + threadIdx.x * 3;
@@ -178,16 +188,8 @@ void asynchronous_copies() {
     caught = true;
   }
   report(caught, "a thread that ends before its copies have come is caught");
-}
-
-bool is_refused(void (*kernel)(int*)) {
-  std::vector<int> out(64);
-  try {
-    launch(1, 64, 0, kernel, out.data());
-  } catch (const emulation::EmulationError&) {
-    return true;
-  }
-  return false;
+  report(is_refused([](int* out) { emulation::copy_async(out + 1, out + 4, 2 * sizeof(int)); }),
+         "copies off boundaries are caught");
 }
 
 bool blocks_meet(unsigned blocks) {

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/welford.h"
@@ -107,6 +108,40 @@ bool is_launchable(const StepPlan& plan) {
          view.fold_width >= 1 && view.fold_width <= 32 && view.tile_channels <= kBlockThreads * plan.vector;
 }
 
+// Where each element's bit of a mask lies, as the kernels of a plan find it; empty where two threads write a byte, or
+// one lies outside, or what is taken for a vector starts off a boundary.
+template <class View>
+std::vector<int64_t> mask_bits(const StepPlan& plan, const View& view, const Shape& shape, DType dtype) {
+  using Walk = TileWalk<View, kEpilogueVector, kBlockThreads, true>;
+  std::vector<int64_t> bits(static_cast<size_t>(shape.elements()), -1);
+  std::vector<bool> taken(static_cast<size_t>(mask_bytes(shape)));
+  for (int64_t t = 0; t < plan.tiles; ++t) {
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      for (unsigned thread = 0; thread < kBlockThreads; ++thread) {
+        threadIdx.x = thread;
+        Walk walk(view, Walk::tile(view, t), split);
+        for (int64_t n = walk.count(); n > 0; --n) {
+          const Slot slot = walk.next();
+          if (slot.high <= slot.low) continue;
+          if (slot.number < 0 || slot.number >= mask_bytes(shape) || taken[slot.number]) return {};
+          taken[slot.number] = true;
+          const bool whole = slot.low == 0 && slot.high == kEpilogueVector && walk.at_boundary(slot);
+          if (whole && slot.offset * element_size(dtype) % 16 != 0) return {};
+          for (int e = slot.low; e < slot.high; ++e) {
+            if (slot.offset + e < 0 || slot.offset + e >= shape.elements() || bits[slot.offset + e] >= 0) return {};
+            bits[slot.offset + e] = 8 * slot.number + e;
+          }
+        }
+      }
+    }
+  }
+  return std::find(bits.begin(), bits.end(), -1) == bits.end() ? bits : std::vector<int64_t>();
+}
+
+std::vector<int64_t> mask_bits(const StepPlan& plan, const Shape& shape, DType dtype) {
+  return plan.rows ? mask_bits(plan, plan.row_view, shape, dtype) : mask_bits(plan, plan.column_view, shape, dtype);
+}
+
 BackwardParams backward_call(const Shape& shape, DType dtype, int64_t misalignment) {
   alignas(16) static char memory[16];
   BackwardParams call{};
@@ -168,6 +203,40 @@ void coverage() {
            "two resident blocks fit a multiprocessor: " + name);
   }
   report(residents > 100, "many of the random shapes are resident");
+}
+
+// Forward writes a mask and backward reads it, each by its own plan, of tensors that may lie elsewhere.
+void masks() {
+  std::mt19937_64 random(5);
+  const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
+  const int64_t inners[] = {1, 1, 1, 2, 7, 8, 9, 49, 64, 121, 196, 225, 256, 511, 1024, 1030};
+  int residents = 0;
+  for (int i = 0; i < 150; ++i) {
+    const int64_t inner = inners[below(16)];
+    const int64_t channels = 1 + (below(2) ? below(40) : below(1 + 3000 / inner));
+    const Shape shape{1 + below(std::max<int64_t>(1, 40000 / (channels * inner))), channels, inner};
+    const DType dtype = all_dtypes[below(4)];
+    const std::vector<int64_t> bits =
+        mask_bits(plan_step(shape, dtype, {0, true}, devices[0].limits, true), shape, dtype);
+    report(!bits.empty(), "each element has a bit: " + describe(devices[0], shape, dtype, {0, true}));
+    for (const Device& device : devices) {
+      for (const Alignment& alignment : {Alignment{0, true}, Alignment{1, true}, Alignment{0, false}}) {
+        const StepPlan plan = plan_step(shape, dtype, alignment, device.limits, true);
+        const std::string name = describe(device, shape, dtype, alignment);
+        report(is_launchable(plan) && mask_bits(plan, shape, dtype) == bits, "the same bits: " + name);
+        report(plan.tile_channels() * int64_t(sizeof(ActivatedGradientCoefficients<double>)) <= 48 << 10,
+               "coefficients of a tile: " + name);
+      }
+      BackwardParams call = backward_call(shape, dtype, 0);
+      call.epilogue.activation = Activation::relu;
+      const ResidentPlan resident = plan_backward(call, device.limits).resident;
+      if (!resident.fits) continue;
+      ++residents;
+      report(groups_can_run(resident, device.limits) && mask_bits(resident.step, shape, dtype) == bits,
+             "the same bits of resident blocks: " + describe(device, shape, dtype, {0, true}));
+    }
+  }
+  report(residents > 100, "many of the random masks are written by resident blocks");
 }
 
 void fills_the_device() {
@@ -256,6 +325,12 @@ void resident_groups() {
       {"RTX 4090", {256, 256, 28 * 28}, bf16, true, grid, 16, 32, "half the shared memory"},
       {"T4", {256, 256, 28 * 28}, bf16, true, grid, 26, 40, "less shared memory still"},
       {"T4", {256, 64, 112 * 112}, bf16, false, none, 0, 0, "what T4 cannot hold streams"},
+      {"H200", {8, 32, 9 * 9}, bf16, true, none, 1, 1, "what the GPU tests take to be held by a block"},
+      {"H200", {32, 64, 56 * 56}, bf16, true, cluster, 2, 8, "by a cluster"},
+      {"H200", {32, 3, 224 * 224}, bf16, true, grid, 9, 264, "by blocks across the grid"},
+      {"H200", {64, 64, 112 * 112}, bf16, true, grid, 9, 132, "by groups in turn"},
+      {"H200", {33, 5, 201 * 203}, bf16, true, grid, 9, 264, "by blocks of odd runs"},
+      {"H200", {9, 1, 4096 * 2048}, bf16, false, none, 0, 0, "by nothing"},
       {"H200", {int64_t(1) << 34, 8, 1}, bf16, false, none, 0, 0, "more than 2^31 rows stream"},
   };
   for (const Expected& e : expected) {
@@ -277,11 +352,17 @@ void resident_groups() {
   less.cooperative = false;
   report(!plan_backward(call, less).resident.fits, "no groups across the grid without cooperative launches");
   DeviceLimits more = h200;
-  more.active_clusters[3] = 14;
-  const BackwardParams wide = backward_call({256, 256, 56 * 56}, DType::bfloat16, 0);
-  report(plan_backward(wide, h200).resident.groups.exchange == Exchange::grid, "56x56 at batch 256 by the grid");
-  const Groups sixteen = plan_backward(wide, more).resident.groups;
-  report(sixteen.exchange == Exchange::grid || sixteen.size == 16, "clusters of 16 where they are allowed");
+  const auto groups = [](const Shape& shape, const DeviceLimits& limits) {
+    return plan_backward(backward_call(shape, DType::bfloat16, 0), limits).resident.groups;
+  };
+  const Shape wide{256, 2048, 49};
+  for (const auto& [clusters, size, why] : {std::tuple{14, 16, "clusters of 16 where 8 blocks are too few"},
+                                            std::tuple{12, 10, "no clusters of 16 that leave much of a device idle"}}) {
+    more.active_clusters[3] = clusters;
+    report(groups(wide, more).size == size, why);
+    report(groups({128, 2048, 49}, more).size == 8, "no clusters of 16 where 8 blocks will do");
+    report(groups({256, 256, 56 * 56}, more).exchange == Exchange::grid, "56x56 at batch 256 by the grid");
+  }
 }
 
 void workspace() {
@@ -295,8 +376,10 @@ void workspace() {
     forward.batch_statistics = true;
     const ForwardPlan training = plan_forward(forward, device.limits);
     if (training.resident.fits) {
-      report(int64_t(training.workspace_bytes) == group_workspace_bytes(training.resident.groups),
-             std::string("workspace of groups on ") + device.name);
+      const bool grid = training.resident.groups.exchange == Exchange::grid;
+      report(int64_t(training.workspace_bytes) >= group_workspace_bytes(training.resident.groups) &&
+                 (training.workspace_bytes > 0) == grid && (training.statistics.splits > 0) == grid,
+             std::string("workspace of groups, and of steps where the device may refuse them, on ") + device.name);
     }
     forward.y = memory + 2;  // tensors that share no vectors
     const ForwardPlan streaming = plan_forward(forward, device.limits);
@@ -316,6 +399,7 @@ void workspace() {
 
 int main() {
   coverage();
+  masks();
   fills_the_device();
   choices();
   resident_groups();

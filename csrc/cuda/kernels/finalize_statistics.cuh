@@ -26,6 +26,35 @@ __device__ __forceinline__ accumulate_t<T> channel_pivot(const T* x, const Shape
 template <class T>
 constexpr bool kSquaresOverflow = std::is_same_v<T, float> || std::is_same_v<T, bfloat16>;
 
+// The counter of batches, of which a launch counts one more. Where blocks of the launch read it, none may see it
+// changed: above kBatchBits they then count themselves, each when it reads no more, and the last one takes that away
+// again and counts the batch. So nothing need be zeroed, and no block waits.
+constexpr int kBatchBits = 36;
+
+__device__ __forceinline__ int64_t batches_of(int64_t counter) {
+  return static_cast<int64_t>(static_cast<uint64_t>(counter) << (64 - kBatchBits)) >> (64 - kBatchBits);
+}
+
+struct BatchCounter {
+  int64_t* batches = nullptr;  // null: there is nothing to count
+  bool is_read = false;        // by blocks of this launch
+
+  // Called by all threads of all blocks, after a barrier behind what they read.
+  __device__ __forceinline__ void count() const {
+    if (batches == nullptr || threadIdx.x != 0) return;
+    if (!is_read) {
+      if (blockIdx.x == 0) *batches += 1;
+      return;
+    }
+    auto* const counter = reinterpret_cast<unsigned long long*>(batches);
+    constexpr unsigned long long kBlock = 1ull << kBatchBits;
+    __threadfence();
+    const unsigned long long before = atomicAdd(counter, kBlock);
+    const auto own = static_cast<unsigned long long>(batches_of(static_cast<int64_t>(before)));
+    if ((before - own) / kBlock + 1 == gridDim.x) atomicAdd(counter, 1 - gridDim.x * kBlock);
+  }
+};
+
 // Moments summed in double by one warp, slowly: for values whose squares overflow the accumulate type.
 template <class T>
 __device__ Moments<double> moments_in_double(const T* x, Shape shape, int64_t channel) {
@@ -50,7 +79,7 @@ struct FinalizeStatistics {
   Shape shape;
   const T* x;
   ChannelVector weight, bias;
-  RunningStatistics running;  // the counter does not yet count this batch: `normalize` does that, when all have read it
+  RunningStatistics running;  // the counter does not yet count this batch
   double eps;
   A* mean;
   A* inv_std;
@@ -88,7 +117,8 @@ struct FinalizeStatistics {
     mean[channel] = static_cast<A>(moments.mean);
     inv_std[channel] = static_cast<A>(channel_inv_std);
     if (running.mean.data == nullptr && running.variance.data == nullptr) return;
-    const int64_t batches = running.num_batches_tracked == nullptr ? 1 : *running.num_batches_tracked + 1;
+    const int64_t* const counter = running.cumulative ? running.num_batches_tracked : nullptr;
+    const int64_t batches = counter == nullptr ? 1 : batches_of(*counter) + 1;
     update_running_statistics(running, channel, moments, running_momentum(running, batches));
   }
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/kernels/finalize_statistics.cuh"
 #include "cuda/kernels/pointwise.cuh"
 #include "cuda/kernels/reduce.cuh"
 #include "cuda/primitives/async_copy.cuh"
@@ -37,7 +38,7 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
   if (!groups.each_merges) {
     group.meet(1);
     for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
-      of_tile[j] = group.board(j / share).coefficients[j];
+      group.copy_coefficients(j / share, j, of_tile);
     }
   }
   group.end_reading();
@@ -46,11 +47,10 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
 // Each group reads its tiles one after the other: a block copies its split once to shared memory, sums what has come,
 // exchanges the sums with its group, and maps what it kept by the coefficients that follow: `reduce` and `pointwise` in
 // one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums and the board.
-// Block 0 counts the batch if `num_batches_tracked` is not null; no block may then read it.
 template <class Op, class View, int kVector, int kThreads>
 __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typename Op::T, true> : kResidentBlocks)
     resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
-             typename Op::T* output, Reuse output_reuse, int64_t* num_batches_tracked) {
+             typename Op::T* output, Reuse output_reuse, const BatchCounter counter) {
   using T = typename Op::T;
   using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Item = typename Op::Item;
@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
     });
   };
-  if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *num_batches_tracked += 1;
 
 #pragma unroll 1
   while (group.tile() < groups.tiles) {
@@ -130,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     group.end_tile();
   }
   group.begin_writing();
+  counter.count();
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -59,13 +59,16 @@ void backward_steps(const BackwardParams& params, const DeviceLimits& limits, vo
   T* const dresidual = static_cast<T*>(params.dresidual);
 
   if (plan.resident.fits) {
+    bool launched = false;
+    const auto run = [&](const auto& op) {
+      launched = launch_resident("backward", plan.resident, op, dx, reuse, BatchCounter{}, workspace, stream);
+    };
     const GradientSums<T, false> sums{{dy, x}, finalize, nullptr, 1, nullptr, nullptr, reuse};
     if constexpr (resident_has_epilogue(DTypeOf<T>::value)) {
-      const ActivatedGradientSums<T, 1> activated{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse};
-      if (has_epilogue) launch_resident("backward", plan.resident, activated, dx, reuse, nullptr, workspace, stream);
+      if (has_epilogue) run(ActivatedGradientSums<T, 1>{{dy, x}, epilogue, sums, nullptr, nullptr, dresidual, reuse});
     }
-    if (!has_epilogue) launch_resident("backward", plan.resident, sums, dx, reuse, nullptr, workspace, stream);
-    return;
+    if (!has_epilogue) run(sums);
+    if (launched) return;
   }
   if (plan.needs_sums) {
     if (has_epilogue) {

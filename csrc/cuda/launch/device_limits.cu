@@ -11,6 +11,10 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) half_of_a_mult
 // Zero where the device has no such clusters, or too few multiprocessors beside each other.
 int active_clusters(int size, const DeviceLimits& limits) {
   const int64_t shared_bytes = resident_shared_bytes(limits);
+  if (size > kPortableCluster) {
+    check(cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "device_limits");
+  }
   check(cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)),
         "device_limits");
@@ -44,8 +48,11 @@ DeviceLimits device_limits(int device) {
   limits.shared_bytes_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   limits.l2_bytes = attribute(cudaDevAttrL2CacheSize);
   limits.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
-  if (attribute(cudaDevAttrClusterLaunch) != 0) {
-    for (int i = 0; 2 << i <= kPortableCluster; ++i) limits.active_clusters[i] = active_clusters(2 << i, limits);
+  cudaFuncAttributes compiled{};
+  check(cudaFuncGetAttributes(&compiled, half_of_a_multiprocessor), "device_limits");
+  // What the driver has translated for this device from code for an earlier one has no exchange by clusters.
+  if (attribute(cudaDevAttrClusterLaunch) != 0 && compiled.ptxVersion >= kClusterCapability) {
+    for (int i = 0; i < kClusterSizes; ++i) limits.active_clusters[i] = active_clusters(2 << i, limits);
   }
   return limits;
 }

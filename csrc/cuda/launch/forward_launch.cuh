@@ -40,18 +40,16 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
                                          params.eps, mean, inv_std,       params.record, params.signature};
     const int64_t splits = plan.statistics.splits;
     if (plan.resident.fits) {
-      // Blocks that read the counter must all have done so before it changes.
-      const bool counter_is_read = params.running.cumulative && counter != nullptr;
+      bool launched = false;
       const auto run = [&](const auto& op) {
-        launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse,
-                        counter_is_read ? nullptr : counter, workspace, stream);
+        launched = launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse,
+                                   BatchCounter{counter, params.running.cumulative}, workspace, stream);
       };
       if constexpr (resident_has_epilogue(DTypeOf<T>::value)) {
         if (has_epilogue) run(StatisticsActivate<T>{{{x}, finalize, nullptr, 1, nullptr}, epilogue});
       }
       if (!has_epilogue) run(ChannelStatistics<T>{{x}, finalize, nullptr, 1, nullptr});
-      if (counter_is_read) launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
-      return;
+      if (launched) return;
     }
     const ChannelStatistics<T> statistics{{x}, finalize, partials, splits, coefficients};
     launch_reduce<true>("channel_statistics", plan.statistics, statistics, stream);

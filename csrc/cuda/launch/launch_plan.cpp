@@ -207,10 +207,15 @@ constexpr int64_t kExchangeBytes = 8 << 20;
 // How much more of the device a group across the grid must keep busy than one that costs less to bring together.
 constexpr int64_t kWorthTheGrid = 4;
 
+// The largest cluster that may hold a tile. Those beyond the portable size fit fewer places of a device: not worth it
+// where they leave a quarter of it idle.
 int64_t largest_cluster(const DeviceLimits& limits) {
   int64_t largest = 1;
-  for (int i = 0; i < 4; ++i) {
-    if (limits.active_clusters[i] > 0) largest = int64_t(2) << i;
+  for (int i = 0; i < kClusterSizes; ++i) {
+    const int64_t size = int64_t(2) << i, blocks = size * limits.active_clusters[i];
+    if (size <= kPortableCluster ? blocks > 0 : 4 * blocks >= 3 * kResidentBlocks * limits.multiprocessors) {
+      largest = size;
+    }
   }
   return largest;
 }
@@ -240,7 +245,7 @@ Groups plan_groups(const StepPlan& step, int64_t needed, int64_t tile_traffic, c
   const int64_t largest = largest_cluster(limits);
   int64_t cluster = 1;
   while (cluster < least) cluster *= 2;
-  while (2 * cluster <= std::min(wanted, largest)) cluster *= 2;
+  while (2 * cluster <= std::min({wanted, largest, int64_t(kPortableCluster)})) cluster *= 2;
 
   Groups groups{};
   const bool grid_can = limits.cooperative && least <= blocks;
@@ -278,6 +283,7 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
   plan.groups.each_merges = !kept.in_place && plan.groups.size * step.tile_channels() * kept.item_bytes <= kMergedBytes;
   plan.groups.board_bytes = static_cast<int>(round_up(board_bytes, kWorkspaceLine));
   plan.shared_bytes = static_cast<size_t>(plan.thread_vectors * vector_bytes + sums_bytes + board_bytes);
+  plan.most_shared_bytes = static_cast<size_t>(limit);
   plan.step = step;
   plan.fits = true;
   return plan;
@@ -297,6 +303,17 @@ ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& ali
     if (plan.step.rows || best.groups.exchange != Exchange::grid || best.groups.count > 1) break;
   }
   return best;
+}
+
+// A launch across the grid needs all of the device, which something else may have a part of.
+bool may_be_refused(const ResidentPlan& plan) {
+  return plan.groups.exchange == Exchange::grid;
+}
+
+template <class Plan>
+void make_room_for_groups(Plan& plan) {
+  const auto of_groups = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
+  plan.workspace_bytes = std::max(plan.workspace_bytes, of_groups);
 }
 
 }  // namespace
@@ -348,13 +365,13 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits
     const Kept kept{1, element_size(params.dtype), bytes_of<Moments>(1, params.dtype),
                     bytes_of<NormalizeCoefficients>(1, params.dtype), params.x == params.y};
     plan.resident = plan_resident(shape, params.dtype, alignment, epilogue, kept, limits);
-    plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
-    if (plan.resident.fits) return plan;
+    if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
   }
   plan.statistics = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x}), limits);
   const int64_t partials = partial_results(shape, plan.statistics);
   plan.coefficients_offset = round_up(bytes_of<Moments>(partials, params.dtype), kWorkspaceAlignment);
   plan.workspace_bytes = plan.coefficients_offset + bytes_of<NormalizeCoefficients>(shape.channels, params.dtype);
+  make_room_for_groups(plan);
   return plan;
 }
 
@@ -378,8 +395,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
     const Kept kept{2, element_size(params.dtype), bytes_of<GradientPartial>(1, params.dtype),
                     epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes, false};
     plan.resident = plan_resident(shape, params.dtype, common, epilogue, kept, limits);
-    plan.workspace_bytes = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
-    if (plan.resident.fits) return plan;
+    if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
   }
   if (plan.needs_sums) {
     plan.sums = step({params.dy, params.x, plan.needs_input_gradient ? nullptr : params.dx});
@@ -391,6 +407,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
     plan.input_gradient = step({params.dy, params.batch_statistics ? params.x : nullptr, params.dx});
     if (dx && params.batch_statistics) plan.workspace_bytes += shape.channels * coefficient_bytes;
   }
+  make_room_for_groups(plan);
   return plan;
 }
 

@@ -10,6 +10,8 @@
 
 namespace batchnorm_ext::cuda {
 
+constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
+
 struct DeviceLimits {
   int compute_capability;  // 10 * major + minor
   int multiprocessors;
@@ -18,8 +20,9 @@ struct DeviceLimits {
   int64_t shared_bytes_per_multiprocessor;
   int64_t l2_bytes;
   bool cooperative;  // launches whose blocks may wait for each other
-  // Clusters of 2, 4, 8 and 16 blocks that run at once when each block takes half of a multiprocessor; 0: none may.
-  int active_clusters[4];
+  // Clusters of each size that run at once when each block takes half of a multiprocessor; 0: none may, or
+  // the kernels were compiled for devices without.
+  int active_clusters[kClusterSizes];
 };
 
 // Shared memory of a block of `resident`, at the most.
@@ -28,6 +31,7 @@ int64_t resident_shared_bytes(const DeviceLimits& limits);
 constexpr int kBlockThreads = 256;
 constexpr int kFinalizeThreads = 128;
 constexpr int kPortableCluster = 8;  // larger ones need a kernel's consent
+constexpr int kClusterCapability = 90;
 
 // How the tensors of a step lie in memory: `misalignment` elements past a vector boundary, if `common` to all of them;
 // else they share no vectors and are read and written element by element.
@@ -66,18 +70,18 @@ struct ResidentPlan {
   StepPlan step;  // a split is a block's share
   Groups groups;  // without the workspace
   int64_t thread_vectors;
-  size_t shared_bytes;
+  size_t shared_bytes, most_shared_bytes;  // of a block of this launch, and of any on the device
 };
 
 // Workspace: that of the groups, or the partial results of the reducing step and then the coefficients of the mapping
-// step.
+// step; room for either where both are planned.
 struct ForwardPlan {
-  ResidentPlan resident;  // if it fits, instead of the steps
+  ResidentPlan resident;  // if it fits, instead of the steps; those are planned too where the device may refuse it
   StepPlan statistics, normalize;
   size_t coefficients_offset, workspace_bytes;
 };
 struct BackwardPlan {
-  ResidentPlan resident;  // if it fits, instead of the steps
+  ResidentPlan resident;  // as in ForwardPlan
   StepPlan sums, input_gradient;
   bool needs_sums, needs_input_gradient;  // which of the two steps run; evaluation mode has both in the first
   size_t coefficients_offset, workspace_bytes;

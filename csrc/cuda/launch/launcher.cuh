@@ -18,6 +18,7 @@ namespace batchnorm_ext::cuda {
 
 inline void check(cudaError_t status, const char* step) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call to ask, torch's perhaps, would report it again
   throw std::runtime_error(std::string("batchnorm_ext: CUDA step ") + step + " failed: " + cudaGetErrorString(status));
 }
 
@@ -30,17 +31,6 @@ struct Identity {
 };
 template <class V>
 using Exactly = typename Identity<V>::type;
-
-template <class... Parameters>
-void launch(const char* step, cudaLaunchConfig_t config, void (*kernel)(Parameters...),
-            const Exactly<Parameters>&... arguments) {
-  if (config.dynamicSmemBytes > kSharedBytesWithoutConsent) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.dynamicSmemBytes)),
-          step);
-  }
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
-}
 
 inline cudaLaunchConfig_t launch_config(int64_t grid_x, int64_t grid_y, int threads, size_t shared_bytes,
                                         cudaStream_t stream) {
@@ -55,13 +45,21 @@ inline cudaLaunchConfig_t launch_config(int64_t grid_x, int64_t grid_y, int thre
 template <class... Parameters>
 void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y,
             int threads, size_t shared_bytes, const Exactly<Parameters>&... arguments) {
-  launch(step, launch_config(grid_x, grid_y, threads, shared_bytes, stream), kernel, arguments...);
+  const cudaLaunchConfig_t config = launch_config(grid_x, grid_y, threads, shared_bytes, stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), step);
 }
 
-// With what lets the blocks of a group wait for each other.
+// With what lets the blocks of a group wait for each other. False where the device has no room for all of them at once,
+// although the plan says so: it may be shared, or a tool may have given the kernel more registers.
 template <class... Parameters>
-void launch_groups(const char* step, const Groups& groups, cudaLaunchConfig_t config, void (*kernel)(Parameters...),
-                   const Exactly<Parameters>&... arguments) {
+bool launch_groups(const char* step, const Groups& groups, size_t most_shared_bytes, cudaLaunchConfig_t config,
+                   void (*kernel)(Parameters...), const Exactly<Parameters>&... arguments) {
+  if (config.dynamicSmemBytes > kSharedBytesWithoutConsent) {
+    // The same for all launches: another thread's call may come between this and the launch.
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes)),
+        step);
+  }
   cudaLaunchAttribute attribute{};
   config.attrs = &attribute;
   config.numAttrs = groups.exchange == Exchange::none ? 0 : 1;
@@ -76,7 +74,13 @@ void launch_groups(const char* step, const Groups& groups, cudaLaunchConfig_t co
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  launch(step, config, kernel, arguments...);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // or the next call to ask would report it
+    return false;
+  }
+  check(status, step);
+  return true;
 }
 
 // use(view, width): the plan's view, and its vector width as a constant. Steps on one tensor always have whole vectors,
@@ -119,19 +123,23 @@ void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cuda
   });
 }
 
+// As launch_groups: false where the device has no room.
 template <class Op>
-void launch_resident(const char* step, const ResidentPlan& plan, const Op& op, typename Op::T* output,
-                     Reuse output_reuse, int64_t* num_batches_tracked, void* workspace, cudaStream_t stream) {
+bool launch_resident(const char* step, const ResidentPlan& plan, const Op& op, typename Op::T* output,
+                     Reuse output_reuse, const BatchCounter& counter, void* workspace, cudaStream_t stream) {
   Groups groups = plan.groups;
   groups.workspace = workspace;
+  bool launched = false;
   with_view<Op, true>(plan.step, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
-    launch_groups(step, groups,
-                  launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream),
-                  resident<Op, View, decltype(width)::value, kBlockThreads>, view, op, groups,
-                  static_cast<int>(plan.thread_vectors), static_cast<int>(plan.step.tile_channels()), output,
-                  output_reuse, num_batches_tracked);
+    launched =
+        launch_groups(step, groups, plan.most_shared_bytes,
+                      launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream),
+                      resident<Op, View, decltype(width)::value, kBlockThreads>, view, op, groups,
+                      static_cast<int>(plan.thread_vectors), static_cast<int>(plan.step.tile_channels()), output,
+                      output_reuse, counter);
   });
+  return launched;
 }
 
 // A warp for each channel.

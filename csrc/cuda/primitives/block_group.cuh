@@ -61,6 +61,15 @@ class BlockGroup {
     return {shared_board_, board_channels_};
   }
 
+  // Those of channel j from the board of `rank`. What is in this block's own shared memory stays as it is: others may
+  // be reading it.
+  __device__ __forceinline__ void copy_coefficients(int rank, int j, Coefficients* own) const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (groups_.exchange == Exchange::cluster && rank == this->rank()) return;
+#endif
+    own[j] = board(rank).coefficients[j];
+  }
+
   // Waits until no one reads this block's board any more.
   __device__ __forceinline__ void begin_writing() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
