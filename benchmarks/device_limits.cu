@@ -1,5 +1,5 @@
 // What the plan of the CUDA kernels rests on, measured: bandwidths, clusters, meetings of blocks, rows of a tile, L2.
-// Prints one JSON object. `device_limits.py` compiles and runs it.
+// Prints the JSON object of the experiment that is its argument. `device_limits.py` compiles and runs it.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -70,9 +71,12 @@ cudaError_t launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)));
+  if (how.shared_bytes > 48 * 1024) {
+    CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)));
+  }
   if (how.cluster > 1) {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    if (how.cluster > 8) CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = how.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -227,7 +231,7 @@ __global__ void meet_grid(int rounds) {
   for (int i = 0; i < rounds; ++i) cooperative_groups::this_grid().sync();
 }
 
-void latencies(void* workspace, float* out) {
+void exchanges(void* workspace, float* out) {
   const int multiprocessors = device.multiProcessorCount;
   std::printf("\"exchange_us\": [");
   const char* separator = "";
@@ -251,11 +255,15 @@ void latencies(void* workspace, float* out) {
     const auto time = [&](int rounds) { return microseconds([&] { CHECK(launch(how, meet_grid, rounds)); }); };
     print("cooperative_groups", blocks, 1, (time(264) - time(8)) / 256);
   }
-  std::printf("], \"launch_us\": [");
+  std::printf("]");
+}
 
+void launches() {
   constexpr int kLaunches = 1000;
-  separator = "";
-  const auto launches = [&](const char* kind, const Launch& how) {
+  const int multiprocessors = device.multiProcessorCount;
+  std::printf("\"launch_us\": [");
+  const char* separator = "";
+  const auto print = [&](const char* kind, const Launch& how) {
     const auto all = [&] {
       for (int i = 0; i < kLaunches; ++i) CHECK(launch(how, nothing));
     };
@@ -272,11 +280,11 @@ void latencies(void* workspace, float* out) {
     std::printf("%s{\"kind\": \"%s\", \"stream\": %.3f, \"graph\": %.3f}", separator, kind, plain, node);
     separator = ", ";
   };
-  launches("one block", {1, 256});
-  launches("two blocks a multiprocessor", {2 * multiprocessors, 256});
-  launches("with much shared memory", {2 * multiprocessors, 256, share_of_multiprocessor(2)});
-  if (device.major >= 9) launches("clusters of 8", {multiprocessors / 16 * 16, 256, 0, 8});
-  launches("cooperative", {2 * multiprocessors, 256, 0, 1, true});
+  print("one block", {1, 256});
+  print("two blocks a multiprocessor", {2 * multiprocessors, 256});
+  print("with much shared memory", {2 * multiprocessors, 256, share_of_multiprocessor(2)});
+  if (device.major >= 9) print("clusters of 8", {multiprocessors / 16 * 16, 256, 0, 8});
+  print("cooperative", {2 * multiprocessors, 256, 0, 1, true});
   std::printf("]");
 }
 
@@ -359,7 +367,8 @@ void retention(const uint4* in, uint4* out) {
 
 }  // namespace
 
-int main() {
+// One experiment a process, so that one that fails or hangs costs the others nothing.
+int main(int count, char** arguments) {
   CHECK(cudaGetDeviceProperties(&device, 0));
   CHECK(cudaStreamCreate(&stream));
   uint4 *a, *b, *out;
@@ -367,18 +376,23 @@ int main() {
     CHECK(cudaMalloc(buffer, kLarge));
     CHECK(cudaMemset(*buffer, 1, kLarge));
   }
-  std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"l2_bytes\": %d, ", device.name,
-              device.multiProcessorCount, device.l2CacheSize);
-  const std::function<void()> experiments[] = {[&] { bandwidth(a, b, out); }, [&] { clusters(); },
-                                               [&] { latencies(a, reinterpret_cast<float*>(out)); },
-                                               [&] { columns(a, out); }, [&] { retention(a, out); }};
-  const char* separator = "";
+  const struct {
+    const char* name;
+    std::function<void()> measure;
+  } experiments[] = {{"bandwidth", [&] { bandwidth(a, b, out); }},
+                     {"clusters", [&] { clusters(); }},
+                     {"exchanges", [&] { exchanges(a, reinterpret_cast<float*>(out)); }},
+                     {"launches", [&] { launches(); }},
+                     {"columns", [&] { columns(a, out); }},
+                     {"retention", [&] { retention(a, out); }}};
   for (const auto& experiment : experiments) {
-    std::printf("%s", separator);
-    experiment();
-    separator = ", ";
+    if (count != 2 || std::strcmp(arguments[1], experiment.name) != 0) continue;
+    std::printf("{");
+    experiment.measure();
+    CHECK(cudaDeviceSynchronize());
+    std::printf("}\n");
+    return 0;
   }
-  CHECK(cudaDeviceSynchronize());
-  std::printf("}\n");
-  return 0;
+  std::fprintf(stderr, "usage: device_limits bandwidth|clusters|exchanges|launches|columns|retention\n");
+  return 2;
 }

@@ -30,6 +30,8 @@ EXIT_NO_GPU = 3
 SOURCE = Path(__file__).with_suffix(".cu")
 PEERS: tuple[type[Contender], ...] = (Floor, TorchEager, TorchEagerNoCudnn)
 PEER_OPS = ("forward", "backward")
+EXPERIMENTS = ("clusters", "exchanges", "launches", "bandwidth", "columns", "retention")
+COMPILE_S, EXPERIMENT_S = 120, 30
 
 
 def compile_command(nvcc: str, capability: tuple[int, int], program: Path) -> list[str]:
@@ -39,21 +41,34 @@ def compile_command(nvcc: str, capability: tuple[int, int], program: Path) -> li
     return [nvcc, "-std=c++17", "-O3", architecture, include, str(SOURCE), "-o", str(program)]
 
 
-def measure_device() -> dict[str, Any]:
-    """Compile and run the measuring program; what it prints."""
+def measure_device(measured: Callable[[dict[str, Any]], None]) -> None:
+    """Compile the measuring program and run its experiments; `measured` gets what each prints."""
     nvcc = str(find_toolkit().home / "bin" / "nvcc")
+    failures = []
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "device_limits"
-        command = compile_command(nvcc, torch.cuda.get_device_capability(), program)
-        for step in (command, [str(program)]):
-            done = subprocess.run(step, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"{' '.join(step)}\n{done.stdout}{done.stderr}")
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return measured
+        _output(compile_command(nvcc, torch.cuda.get_device_capability(), program), COMPILE_S)
+        for experiment in EXPERIMENTS:
+            try:
+                measured(json.loads(_output([str(program), experiment], EXPERIMENT_S)))
+            except RuntimeError as error:
+                failures.append(str(error))
+                print(error, file=sys.stderr)
+    if failures:
+        raise RuntimeError("\n".join(failures))
 
 
-def measure_peers() -> list[dict[str, Any]]:
+def _output(command: Sequence[str], seconds: float) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(str(error)) from None
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def measure_peers(measured: Callable[[dict[str, Any]], None]) -> None:
     """Microseconds of torch's batch norm and of the floor, with data in the cache and out of it."""
     cases = with_layouts([Case("limits/256x56", (32, 256, 56, 56))])
     rows = []
@@ -68,7 +83,7 @@ def measure_peers() -> list[dict[str, Any]]:
                     us = 1e6 * min(sample() for _ in range(3))
                     row = {"case": str(case), "cache": cache, "peer": peer.name, "op": op, "us": us}
                     rows.append(row)
-    return rows
+                    measured({"peers": rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,17 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU that torch can use: nothing was measured", file=sys.stderr)
         return EXIT_NO_GPU
     results: dict[str, Any] = {"environment": describe_machine("cuda", available_threads())}
-    parts: dict[str, Callable[[], Any]] = {"device": measure_device, "peers": measure_peers}
-    failed = False
-    for name, measure in parts.items():
-        try:
-            results[name] = measure()
-        except (RuntimeError, ValueError) as error:
-            results[name] = {"failed": str(error)}
-            print(error, file=sys.stderr)
-            failed = True
+
+    def measured(found: dict[str, Any]) -> None:
+        results.update(found)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    failed = False
+    for name, measure in {"device": measure_device, "peers": measure_peers}.items():
+        try:
+            measure(measured)
+        except Exception as error:  # whatever it is, it must not cost the other part
+            measured({f"{name} failed": str(error)})
+            print(error, file=sys.stderr)
+            failed = True
     return 1 if failed else 0
 
 

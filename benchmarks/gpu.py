@@ -15,23 +15,40 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .contenders import KERNEL_OPS, MODULE_OPS, TRUTH_OF, BatchnormExt, first_line
-from .problem import Problem, make_problem, wrong
+import batchnorm_ext
+
+from .contenders import (
+    KERNEL_OPS,
+    MINIMUM_TRAFFIC,
+    MODULE_OPS,
+    TRUTH_OF,
+    BatchnormExt,
+    first_line,
+    torch_module,
+)
+from .problem import TOLERANCE, TOLERANCE_OF_RELU, Problem, make_problem, wrong
 from .results import ROOT, describe_machine
-from .shapes import DTYPES, Case, with_dtypes, with_layouts
+from .shapes import DTYPES, Case, scattered, with_dtypes, with_layouts
 from .timing import available_threads
 
 EXIT_NO_GPU = 3
+EXIT_LOST = 4
 GRACE_S = 15
 KILLED_S = 5
 SECONDS = "{seconds}"
@@ -41,8 +58,14 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
 # Test files of their own stage: streams, graphs, processes and compilers, which can hang or end a process.
 SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_benchmarks.py")
+# Those that come first: a stage that overruns should have seen what matters most.
+FIRST_TESTS = ("test_batch_norm.py", "test_running_statistics.py", "test_numerics.py")
 WORKERS = max(1, min(8, available_threads() // 2))
+TEST_S = 90
 SHOWN_FAILURES = 40
+# Of the exercise: how long a case may take, and how often a process may be lost.
+STALLED_S = 45
+MAX_LOST = 6
 
 
 @dataclass
@@ -57,6 +80,8 @@ class Stage:
         What is run; `SECONDS` in it stands for the time after which it should save and end.
     decides
         Whether the exit code depends on it.
+    at_once
+        Stages of one such name that follow each other run at the same time.
     state
         ``passed``, ``failed``, ``overran`` (its share of the time), ``skipped`` or ``not run``.
     """
@@ -66,6 +91,7 @@ class Stage:
     share: float
     decides: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    at_once: str = ""
     state: str = "not run"
     seconds: float = 0.0
     limit_s: float = 0.0
@@ -73,39 +99,37 @@ class Stage:
     note: str = ""
     tail: str = ""
 
-    def run(self, limit_s: float, environment: dict[str, str], log: Path) -> None:
+    def run(self, limit_s: float, environment: dict[str, str], output: IO[bytes]) -> None:
         """Run the command; past the limit it is interrupted, then killed with all it started."""
         self.limit_s = round(limit_s, 1)
         start = time.monotonic()
         seconds = f"{SAVING_SHARE * limit_s:.0f}"
         command = [part.replace(SECONDS, seconds) for part in self.command]
-        with log.open("ab") as output:
-            output.write(f"\n==== {self.name}: {' '.join(command)}\n".encode())
-            output.flush()
-            begin = output.tell()
-            try:
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, **environment, **self.environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self.state, self.note = "failed", str(error)
-                return
-            try:
-                self.exit_code = process.wait(limit_s)
-                self.state = "passed" if self.exit_code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                self.state = "overran"
-            finally:
-                _end(process)
+        output.write(f"\n==== {self.name}: {' '.join(command)}\n".encode())
+        output.flush()
+        begin = output.tell()
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment, **self.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.state, self.note = "failed", str(error)
+            return
+        try:
+            self.exit_code = process.wait(limit_s)
+            self.state = "passed" if self.exit_code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            self.state = "overran"
+        finally:
+            _end(process)
         self.seconds = round(time.monotonic() - start, 1)
-        with log.open("rb") as output:
-            output.seek(begin)
-            self.tail = output.read()[-2000:].decode(errors="replace")
+        output.seek(begin)
+        self.tail = output.read()[-2000:].decode(errors="replace")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -129,28 +153,67 @@ def run_stages(
 ) -> None:
     """Run stages in turn, each for at most its share of the time left; `finished` after each."""
     deadline = time.monotonic() + budget_s
-    for index, stage in enumerate(stages):
+    shares = sum(stage.share for stage in stages)
+    for group in _groups(stages):
         left = deadline - time.monotonic()
-        shares = sum(later.share for later in stages[index:])
+        share = sum(stage.share for stage in group)
         if left <= GRACE_S:
-            stage.state, stage.note = "skipped", "the budget was spent"
-        elif stage.command:
-            limit = left * stage.share / shares
-            print(f"{stage.name}: up to {limit:.0f} s", flush=True)
-            stage.run(limit, environment, log)
+            for stage in group:
+                stage.state, stage.note = "skipped", "the budget was spent"
+        else:
+            _run_together(group, left * share / shares, environment, log)
+        shares -= share
+        for stage in group:
+            print(
+                f"{stage.name}: {stage.state} after {stage.seconds:.0f} s {stage.note}", flush=True
+            )
+            finished()
+
+
+def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages that run at once, in their order; most of them alone."""
+    keyed = groupby(enumerate(stages), lambda pair: pair[1].at_once or pair[0])
+    return [[stage for _, stage in pairs] for _, pairs in keyed]
+
+
+def _run_together(
+    group: Sequence[Stage], limit_s: float, environment: dict[str, str], log: Path
+) -> None:
+    runnable = [stage for stage in group if stage.command]
+    for stage in group:
+        if stage.command:
+            print(f"{stage.name}: up to {limit_s:.0f} s", flush=True)
         else:
             stage.state = "skipped"
-        print(f"{stage.name}: {stage.state} after {stage.seconds:.0f} s {stage.note}", flush=True)
-        finished()
+    with ExitStack() as opened:
+        output = opened.enter_context(log.open("ab+"))
+        if len(runnable) == 1:  # into the log at once: what comes next may be the end of all
+            runnable[0].run(limit_s, environment, output)
+            return
+        outputs = [opened.enter_context(tempfile.TemporaryFile()) for _ in runnable]
+        threads = [
+            threading.Thread(target=stage.run, args=(limit_s, environment, own))
+            for stage, own in zip(runnable, outputs, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread, own in zip(threads, outputs, strict=True):
+            thread.join()
+            own.seek(0)
+            shutil.copyfileobj(own, output)
 
 
 # ------------------------------------------------------------------------------------------ stages
 
 
 def _jobs() -> int:
-    """Compiler processes at once: as many as processors, or as memory is there for."""
+    """Compiler processes at once: as many as processors, or as memory is there for.
+
+    Half the processors anyway: a virtual machine may get its memory only as it is used.
+    """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(available_threads(), memory // MEMORY_PER_JOB))
+    threads = available_threads()
+    return max(1, threads // 2, min(threads, memory // MEMORY_PER_JOB))
 
 
 def _build_stages(site: Path) -> tuple[Stage, Stage]:
@@ -171,59 +234,105 @@ def _build_stages(site: Path) -> tuple[Stage, Stage]:
 
 
 def _checking_stages(out: Path) -> list[Stage]:
-    """What runs on the built package. A sanitizer that is not installed cannot pass."""
+    """What runs on the built package. A tool that is not installed cannot pass."""
     python = sys.executable
-    exercise = [python, "-m", "benchmarks.gpu", "--exercise"]
-    benchmark = ["--device", "cuda", "--no-plots", "--output", str(out), "--time-budget", SECONDS]
-    benchmark = [python, "-m", "benchmarks", *benchmark]
+    itself = [python, "-m", "benchmarks.gpu"]
+    measured = ["--device", "cuda", "--no-plots", "--output", str(out), "--time-budget", SECONDS]
+    benchmark = [python, "-m", "benchmarks"]
     limits = [python, "-m", "benchmarks.device_limits", str(out / "device_limits.json")]
     layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
     layers += ["--dtype", "bfloat16", "float32"]
-    # Each test's name before it runs, and where a test hangs: a log that ends early says why.
-    pytest = [python, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=20", "-p", "no:cacheprovider"]
-    pytest += ["-o", "faulthandler_timeout=60"]
-    system = [f"tests/{name}" for name in SYSTEM_TESTS]
-    # Several processes where pytest-xdist is there: most of a test is its oracle, on the CPU.
-    workers = ["-n", str(WORKERS)] if find_spec("xdist") else []
+    files = sorted(
+        (path.name for path in (ROOT / "tests").glob("test_*.py")),
+        key=lambda name: (name not in FIRST_TESTS, name),
+    )
+    # Most of a test is its oracle, on the CPU.
+    one_thread = {"OMP_NUM_THREADS": "1"}
     stages = [
-        Stage("exercise", exercise, share=6),
-        Stage("device limits", limits, share=5, decides=False),
-        Stage("layers", [*benchmark[:3], *layers, *benchmark[3:]], share=26, decides=False),
+        Stage("exercise", [*itself, "--exercise", "--seconds", SECONDS], share=12),
+        Stage("device limits", limits, share=6, decides=False),
+        Stage("layers", [*benchmark, *layers, *measured], share=24, decides=False),
         Stage(
             "tests",
-            [*pytest, *workers, "tests", *(f"--ignore={name}" for name in system)],
+            _pytest([name for name in files if name not in SYSTEM_TESTS], WORKERS),
             share=18,
+            environment=one_thread,
         ),
-        Stage("system tests", [*pytest, *system], share=12),
+        Stage("system tests", _pytest(SYSTEM_TESTS, 1), share=14),
     ]
-    sanitizer = _sanitizer()
+    sanitizer = _tool("compute-sanitizer")
     for tool in SANITIZERS:
         # Torch's own kernels are not what is looked at, nor errors of the API that it handles itself.
         options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
         options += ["--kernel-name", "kns=batchnorm_ext", "--report-api-errors", "no"]
         stage = Stage(
             tool,
-            [sanitizer, *options, *exercise] if sanitizer else [],
+            [sanitizer, *options, *_exercise_command(0, SECONDS)] if sanitizer else [],
             share=6,
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **one_thread},
+            at_once="sanitizers",
         )
         stage.note = "" if sanitizer else "compute-sanitizer was not found"
         stages.append(stage)
-    return [*stages, Stage("benchmark", [*benchmark[:3], "default", *benchmark[3:]], 12, False)]
+    profiler = _tool("ncu")
+    counted = ["--clock-control", "none", "--csv", "--log-file", str(out / "traffic.csv")]
+    counted += ["--metrics", ",".join(COUNTERS), "--kernel-name-base", "demangled"]
+    counted += ["--kernel-name", "regex:batchnorm_ext", *itself, "--traffic"]
+    traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=6, decides=False)
+    traffic.note = "" if profiler else "ncu was not found"
+    return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 10, False)]
 
 
-def _sanitizer() -> str:
+def _pytest(files: Iterable[str], workers: int) -> list[str]:
+    """Each test's name before it runs, and where one hangs: a log that ends early says why."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=40"]
+    command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TEST_S * 2 // 3}"]
+    # Even one process of its own: where a test costs it the device, another takes its place.
+    if find_spec("xdist"):
+        command += ["-n", str(workers), "--max-worker-restart", "16"]
+    if find_spec("pytest_timeout"):
+        command += ["--timeout", str(TEST_S), "--timeout-method", "thread"]
+    return [*command, *(f"tests/{name}" for name in files)]
+
+
+def _tool(name: str) -> str:
     beside_nvcc = shutil.which("nvcc") or ""
     folders = [os.environ.get("PATH", ""), str(Path(beside_nvcc).resolve().parent)]
     folders.append("/usr/local/cuda/bin")
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders)) or ""
+    return shutil.which(name, path=os.pathsep.join(folders)) or ""
 
 
 # ---------------------------------------------------------------------------------------- exercise
 
 
+class Fused(NamedTuple):
+    """A fused call: its activation, whether it has a residual, overwrites its input, trains."""
+
+    activation: str
+    residual: bool = False
+    inplace: bool = False
+    training: bool = True
+
+
+FUSED = (
+    Fused("relu", residual=True),
+    Fused("silu"),
+    Fused("elu", inplace=True),
+    Fused("leaky_relu", residual=True),
+    Fused("relu", residual=True, training=False),
+    Fused("hardswish", residual=True),
+    Fused("leaky_relu", inplace=True),
+    Fused("identity", residual=True),
+)
+FUSED_OF_A_CASE = 3
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def exercise_cases() -> list[Case]:
-    """Small tensors that reach every view, vector width, head and tail of the kernels."""
+    """Small tensors that reach every view, vector width, head and tail of the kernels.
+
+    In an order of which each beginning has some of everything.
+    """
     shapes = {
         "odd plane": (2, 3, 5, 7),
         "rows": (4, 16, 16, 16),
@@ -238,41 +347,223 @@ def exercise_cases() -> list[Case]:
         "odd vector": (65, 3),
     }
     cases = with_layouts([Case(f"exercise/{name}", shape) for name, shape in shapes.items()])
-    return with_dtypes(cases, tuple(DTYPES))
+    in_turn = with_layouts([Case("exercise/groups in turn", (24, 12, 112, 112))])
+    return scattered(
+        [*with_dtypes(cases, tuple(DTYPES)), *with_dtypes(in_turn, ("float32", "bfloat16"))]
+    )
 
 
-def exercise(device: str, cases: Sequence[Case]) -> list[str]:
-    """Run every op on every case; returns what is wrong. The truth is computed on the CPU."""
+def exercise(
+    device: str, cases: Sequence[Case], first: int = 0, seconds: float = float("inf")
+) -> list[str]:
+    """Run every op on every case; returns what is wrong. The truth is torch's arithmetic in float64.
+
+    Raises
+    ------
+    DeviceLost
+        An error after which no kernel runs in this process.
+    """
     failures = []
-    for case in cases:
-        truth = make_problem(case, "cpu")
-        for op in (*KERNEL_OPS, *MODULE_OPS):
+    deadline = time.monotonic() + seconds
+    for index in range(first, len(cases)):
+        if time.monotonic() > deadline:
+            print(f"no time for the last {len(cases) - index} of {len(cases)} cases", flush=True)
+            break
+        case = cases[index]
+        print(f"case {index}: {case}", flush=True)
+        for name, run in _exercises(make_problem(case, device), index):
             try:
-                reason = _exercised(truth, op, device)
+                reason = run()
             except Exception as error:
                 reason = first_line(error)
             if reason:
-                failures.append(f"{case} {op}: {reason}")
+                failures.append(f"{case} {name}: {reason}")
                 print(failures[-1], flush=True)
+                _still_there(device)
         if len(failures) > SHOWN_FAILURES:
             break
     return failures
 
 
-def _exercised(truth: Problem, op: str, device: str) -> str | None:
-    problem = _moved(truth, device)
+def _exercises(truth: Problem, index: int) -> list[tuple[str, Callable[[], str | None]]]:
+    """Names of calls, and the calls, each of which says what is wrong."""
+    fused = [FUSED[(FUSED_OF_A_CASE * index + i) % len(FUSED)] for i in range(FUSED_OF_A_CASE)]
+    return [
+        *((op, partial(_exercised, truth, op)) for op in (*KERNEL_OPS, *MODULE_OPS)),
+        ("cumulative average", partial(_exercised_cumulative, truth)),
+        *((str(one), partial(_exercised_fused, truth, one)) for one in fused),
+    ]
+
+
+class DeviceLost(Exception):
+    """No kernel runs in this process any more."""
+
+
+def _still_there(device: str) -> None:
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLost(first_line(error)) from None
+
+
+def exercise_in_processes(seconds: float) -> int:
+    """Exercise all cases; one that hangs or costs the process its device costs no other case."""
+    deadline = time.monotonic() + seconds
+    first, lost, failed = 0, 0, False
+    count = len(exercise_cases())
+    while first < count and lost <= MAX_LOST and time.monotonic() < deadline:
+        left = f"{deadline - time.monotonic():.0f}"
+        process = subprocess.Popen(
+            _exercise_command(first, left),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        last = _watched(process)
+        if process.returncode in (0, 1):
+            failed = failed or process.returncode == 1
+            break
+        print(f"case {last} ended its process: {process.returncode}", flush=True)
+        first, lost, failed = max(first, last) + 1, lost + 1, True
+    return 1 if failed else 0
+
+
+def _exercise_command(first: int, seconds: str) -> list[str]:
+    own = ["--exercise-from", str(first), "--seconds", seconds]
+    return [sys.executable, "-m", "benchmarks.gpu", *own]
+
+
+def _watched(process: subprocess.Popen[str]) -> int:
+    """Pass on what a process says, and kill it when it says nothing; the last case it named."""
+    last = -1
+    assert process.stdout is not None
+    timer = threading.Timer(STALLED_S, process.kill)
+    timer.start()
+    for line in process.stdout:
+        timer.cancel()
+        timer = threading.Timer(STALLED_S, process.kill)
+        timer.start()
+        print(line, end="", flush=True)
+        if line.startswith("case "):
+            last = int(line.split(":")[0].split()[1])
+    timer.cancel()
+    process.wait()
+    return last
+
+
+def _exercised(truth: Problem, op: str) -> str | None:
+    problem = _with_own_vectors(truth)
     prepared = BatchnormExt().prepare(problem, op)
     problem.reset()
     results = prepared.read(prepared.call(0)) if prepared.read else {}
-    results = {name: value.cpu() for name, value in results.items()}
     return wrong(truth, results, TRUTH_OF.get(op, op))
 
 
-def _moved(problem: Problem, device: str) -> Problem:
-    vectors = ("weight", "bias", "running_mean", "running_var")
-    moved = {name: getattr(problem, name).to(device, copy=True) for name in vectors}
-    x, dy = ([one.to(device) for one in tensors] for tensors in (problem.x, problem.dy))
-    return replace(problem, device=device, x=x, dy=dy, **moved)
+def _exercised_cumulative(truth: Problem) -> str | None:
+    """Two batches alike: their average is each of them."""
+    problem = _with_own_vectors(truth)
+    module = batchnorm_ext.convert_batchnorm(torch_module(problem))
+    module.momentum = None
+    for _ in range(2):
+        module(problem.x[0])
+    if module.num_batches_tracked.item() != 2:
+        return f"num_batches_tracked is {module.num_batches_tracked.item()}, not 2"
+    wide = truth.x[0].double().transpose(0, 1).flatten(1)
+    expected = {"running_mean": wide.mean(1), "running_var": wide.var(1)}
+    actual = {name: getattr(module, name) for name in expected}
+    return _differs(actual, expected, TOLERANCE[truth.case.dtype])
+
+
+def _exercised_fused(truth: Problem, fused: Fused) -> str | None:
+    """Output and gradients against torch's operators in float64."""
+    problem = _with_own_vectors(truth)
+    vectors = {name: getattr(truth, name).double() for name in VECTORS}
+    wide = replace(truth, x=[truth.x[0].double()], dy=[truth.dy[0].double()], **vectors)
+
+    def ours(*given: Any, residual: Tensor | None) -> Tensor:
+        options = {"activation": fused.activation, "inplace": fused.inplace}
+        return batchnorm_ext.functional.batch_norm_act(*given, residual=residual, **options)
+
+    def theirs(*given: Any, residual: Tensor | None) -> Tensor:
+        y = F.batch_norm(*given)
+        y = y if residual is None else y + residual
+        return y if fused.activation == "identity" else getattr(F, fused.activation)(y)
+
+    actual, expected = (
+        _fused_results(function, one, fused) for function, one in ((ours, problem), (theirs, wide))
+    )
+    return _differs(actual, expected, TOLERANCE_OF_RELU[truth.case.dtype])
+
+
+def _fused_results(
+    function: Callable[..., Tensor], problem: Problem, fused: Fused
+) -> dict[str, Tensor]:
+    p = problem
+    leaves = {"x": p.x[0], "weight": p.weight, "bias": p.bias}
+    if fused.residual:
+        leaves["residual"] = p.dy[0].flip(0)
+    wanted = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+    x = wanted["x"] * 1.0  # what calls in place may overwrite
+    y = function(
+        *(x, p.running_mean.clone(), p.running_var.clone(), wanted["weight"], wanted["bias"]),
+        *(fused.training, p.momentum, p.eps),
+        residual=wanted.get("residual"),
+    )
+    output = y.detach().clone()
+    gradients = torch.autograd.grad(y, list(wanted.values()), p.dy[0])
+    return {"y": output} | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+def _differs(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> str | None:
+    for name, wanted in expected.items():
+        difference = actual[name].double() - wanted
+        error = float(difference.norm() / wanted.norm().clamp_min(1e-300))
+        if not error <= tolerance:
+            return f"{name} is off by {error:.1e}, allowed {tolerance:.0e}"
+    return None
+
+
+def _with_own_vectors(problem: Problem) -> Problem:
+    return replace(problem, **{name: getattr(problem, name).clone() for name in VECTORS})
+
+
+# ----------------------------------------------------------------------------------------- traffic
+
+COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
+
+
+def traffic_cases() -> list[Case]:
+    """Tensors far larger than any cache, one for each way a channel is held on the chip or not."""
+    shapes = {
+        "clusters": (128, 256, 28, 28),
+        "large clusters": (256, 2048, 7, 7),
+        "grid": (256, 64, 112, 112),
+        "huge planes": (4, 128, 1024, 1024),
+    }
+    contiguous = with_dtypes([Case(f"traffic/{n}", s) for n, s in shapes.items()], ("bfloat16",))
+    last = Case("traffic/channels last", (32, 64, 56, 56), "bfloat16", "channels_last")
+    streaming = Case("traffic/streaming", (256, 64, 112, 112), "bfloat16", "channels_last")
+    return [*contiguous, last, streaming]
+
+
+def traffic() -> None:
+    """Each op of each case, for a profiler that counts what memory moves; says the least it may be.
+
+    What backward needs of forward runs before the line that names it.
+    """
+    for case in traffic_cases():
+        problem = make_problem(case, "cuda")
+        for op in ("forward", "backward", "eval"):
+            prepared = BatchnormExt().prepare(problem, op)
+            torch.cuda.synchronize()
+            print(f"{case} {op}: at least {MINIMUM_TRAFFIC[op] * case.bytes} bytes", flush=True)
+            prepared.call(0)
+        torch.cuda.synchronize()
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -301,15 +592,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
     parser.add_argument("--budget", type=float, default=540, help="seconds (%(default)s)")
     parser.add_argument("--exercise", action="store_true", help="only run each kernel once")
+    parser.add_argument("--exercise-from", type=int, metavar="CASE", help="in this process")
+    parser.add_argument("--seconds", type=float, default=600, help="of an exercise (%(default)s)")
+    parser.add_argument("--traffic", action="store_true", help="only large calls, for a profiler")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         reason = f"no GPU that torch {torch.__version__} (CUDA {torch.version.cuda}) can use"
         print(f"{reason}: nothing was run", file=sys.stderr)
-        if not options.exercise:
+        if not (options.exercise or options.traffic or options.exercise_from is not None):
             _write(options.out, {"passed": False, "reason": reason, "stages": []})
         return EXIT_NO_GPU
+    if options.traffic:
+        traffic()
+        return 0
     if options.exercise:
-        failures = exercise("cuda", exercise_cases())
+        return exercise_in_processes(options.seconds)
+    if options.exercise_from is not None:
+        try:
+            failures = exercise("cuda", exercise_cases(), options.exercise_from, options.seconds)
+        except DeviceLost as error:
+            print(f"the device is lost: {error}", flush=True)
+            os._exit(EXIT_LOST)  # what is left to do for the device would only fail
         print(f"{len(failures)} results are wrong" if failures else "every result is right")
         return 1 if failures else 0
     return run_all(options.out.resolve(), options.budget)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +73,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("native") and REQUESTED == "torch":
             item.add_marker(pure_python)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, None]:
+    """Leave a process that has lost its device, where every further test would fail: pytest-xdist starts another."""
+    outcome = yield
+    report = outcome.get_result()
+    if not (report.failed and torch.cuda.is_initialized()):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = f"{item.nodeid} lost the device: {error}"
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            print(f"{report.longreprtext}\n{reason}", file=sys.stderr, flush=True)
+        if hasattr(item.config, "workerinput"):
+            os._exit(pytest.ExitCode.INTERNAL_ERROR)
+        pytest.exit(reason, returncode=pytest.ExitCode.INTERNAL_ERROR)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

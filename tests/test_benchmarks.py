@@ -851,6 +851,23 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
     json.dumps(gpu.summary(stages, {}, 60))
 
 
+def test_stages_at_once_wait_for_none_of_each_other(tmp_path: Path) -> None:
+    meet = "import pathlib, time; pathlib.Path('{own}').touch(); print('{own}')\n"
+    meet += "while not pathlib.Path('{other}').exists(): time.sleep(0.05)"
+    own, other = (str(tmp_path / name) for name in ("one", "other"))
+    stages = [
+        stage("one", meet.format(own=own, other=other), at_once="both"),
+        gpu.Stage("absent", [], 1.0, at_once="both"),
+        stage("other", meet.format(own=other, other=own), at_once="both"),
+        stage("last", "pass"),
+    ]
+    log = tmp_path / "log.txt"
+    gpu.run_stages(stages, 120, {}, log, lambda: None)
+    assert [one.state for one in stages] == ["passed", "skipped", "passed", "passed"]
+    assert [stages[0].tail.strip(), stages[2].tail.strip()] == [own, other]
+    assert [log.read_text().count(f"==== {one.name}:") for one in stages] == [1, 0, 1, 1]
+
+
 def test_stage_that_does_not_decide_cannot_fail_the_run() -> None:
     assert gpu.passed([gpu.Stage("benchmark", [], 1.0, decides=False, state="overran")])
 
@@ -897,21 +914,25 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
 ) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(gpu, "_sanitizer", lambda: "/opt/compute-sanitizer")
+    monkeypatch.setattr(gpu, "_tool", lambda name: f"/opt/{name}")
     for one in gpu._build_stages(tmp_path):
         assert one.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
         assert int(one.environment["MAX_JOBS"]) >= 1
     stages = gpu._checking_stages(tmp_path)
     measuring = {one.name: one for one in stages if not one.decides}
-    assert list(measuring) == ["device limits", "layers", "benchmark"]
+    assert list(measuring) == ["device limits", "layers", "traffic", "benchmark"]
     assert measuring.pop("device limits").command[1:3] == ["-m", "benchmarks.device_limits"]
+    assert measuring.pop("traffic").command[0] == "/opt/ncu"
     for one in measuring.values():
         commands.parser().parse_args([word.replace(gpu.SECONDS, "9") for word in one.command[3:]])
     checking = [one for one in stages if one.decides]
     assert [one.name for one in checking] == ["exercise", "tests", "system tests", *gpu.SANITIZERS]
-    for name in gpu.SYSTEM_TESTS:
-        assert (Path(__file__).parent / name).is_file()
-    monkeypatch.setattr(gpu, "_sanitizer", lambda: "")
+    tested = [word for one in checking for word in one.command if word.startswith("tests/")]
+    assert sorted(tested) == sorted(
+        f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py")
+    )
+    assert set(tested[: len(gpu.FIRST_TESTS)]) == {f"tests/{name}" for name in gpu.FIRST_TESTS}
+    monkeypatch.setattr(gpu, "_tool", lambda name: "")
     absent = [one for one in gpu._checking_stages(tmp_path) if one.name in gpu.SANITIZERS]
     assert all(one.command == [] and "not found" in one.note for one in absent)
 
@@ -926,23 +947,65 @@ def test_device_limits_are_measured_and_kept_whatever_fails(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(device_limits, "describe_machine", lambda *_: {"device": "Some GPU"})
-    monkeypatch.setattr(device_limits, "measure_peers", lambda: [{"us": 1.0}])
+    monkeypatch.setattr(
+        device_limits, "measure_peers", lambda measured: measured({"peers": [{"us": 1.0}]})
+    )
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     monkeypatch.setattr(device_limits, "find_toolkit", lambda: Toolkit(tmp_path, (13, 0)))
-    compiled = "#!/bin/sh\\necho {}"
-    for body, code in (("exit 1", 1), (f"printf '{compiled}' >$7; chmod +x $7", 0)):
+    program = """#!/bin/sh
+[ $1 = columns ] && exit 1
+echo "{\\"$1\\": 2}"
+"""
+    for body, works in (("exit 1", False), (f"cat >$7 <<'END'\n{program}END\nchmod +x $7", True)):
         compiler.write_text(f"#!/bin/sh\n{body}\n")
         compiler.chmod(0o755)
-        assert device_limits.main([str(out)]) == code
+        assert device_limits.main([str(out)]) == 1
         found = json.loads(out.read_text())
         assert found["peers"] == [{"us": 1.0}]
-        assert ("failed" in found["device"]) is bool(code)
+        assert "failed" in str(found.keys())
+        measured = [name for name in device_limits.EXPERIMENTS if name in found]
+        assert measured == [n for n in device_limits.EXPERIMENTS if works and n != "columns"]
 
 
 @pytest.mark.parametrize("case", gpu.exercise_cases()[::9], ids=str)
 def test_exercise_finds_nothing_wrong(case: Case, device: str) -> None:
     assert gpu.exercise(device, [case]) == []
+
+
+def test_exercise_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.exercise("cpu", [SMALL, SMALL], seconds=-1) == []
+    assert "no time for the last 2 of 2 cases" in capsys.readouterr().out
+
+
+def test_exercise_goes_on_behind_a_case_that_costs_the_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stand_in(first: int, seconds: str) -> list[str]:
+        """Loses the device at case 1 and says nothing any more at case 3."""
+        ends = {0: "sys.exit(4)", 2: "time.sleep(600)"}.get(first, "")
+        code = (
+            f"import sys, time; print('case {first}: a\\ncase {first + 1}: b', flush=True); {ends}"
+        )
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(gpu, "STALLED_S", 5)
+    monkeypatch.setattr(gpu, "_exercise_command", stand_in)
+    assert gpu.exercise_in_processes(120) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("case ")]
+    assert told[2] == "case 1 ended its process: 4"
+    assert told[5] == "case 3 ended its process: -9"
+    assert told[6:] == ["case 4: a", "case 5: b"]
+
+
+def test_lost_device_is_told_from_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    gpu._still_there("cpu")
+    with pytest.raises(gpu.DeviceLost, match="illegal memory access"):
+        gpu._still_there("cuda")
 
 
 def test_exercise_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
