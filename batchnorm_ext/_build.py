@@ -279,8 +279,9 @@ def describe(toolkit: Toolkit | None) -> Build:
         # Python's own flags may ask for debug information, which doubles the compile time.
         cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
         # Contraction would make a result depend on the instruction set: kernels say where they
-        # mean a fused multiply-add.
-        cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+        # mean a fused multiply-add. Nobody asks for errno or the exception flags, which would keep
+        # loops with square roots and choices from becoming vectors.
+        cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
         host = ["-Xcompiler=-fvisibility=hidden"]
         link = []
         if sys.platform.startswith("linux"):  # at::parallel_for is compiled into its caller

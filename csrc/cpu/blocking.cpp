@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t cache_line = 64;
 constexpr int64_t private_cache = 512 << 10;  // half of a 1 MB second-level cache
 constexpr int64_t shared_cache = 16 << 20;    // half of a 32 MB third-level cache
-constexpr int64_t shortest_run = 2 << 10;     // contiguous bytes below which a block is read slower than it saves
+// Contiguous bytes below which a block is read slower than it saves: from a core's own cache, and from beyond.
+constexpr int64_t shortest_near_run = 256, shortest_run = 2 << 10;
 constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to be worth a thread
 // Elements of a channel below which vectors run across channels instead of along it, if there are so many rows to share
 // what that takes: the coefficients of each column, and adding up the columns of each channel.
@@ -75,7 +76,8 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tasks = std::min(threads, affordable);
 
   // Tasks that own whole channels read the sums' input again from their cache, if enough contiguous channels fit there.
-  // Rows of columns are contiguous only across all channels, and longer runs are wanted to leave that order.
+  // Rows of columns are contiguous only across all channels, and from memory longer runs are wanted to leave that
+  // order.
   const bool whole_bytes = row_elements % 8 == 0;  // of each row of the columns view
   int64_t unit = blocking.columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
   if (blocking.columns && traffic.masked) unit = ceil_div(unit, 8) * 8;
@@ -84,7 +86,9 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t fitting = std::max<int64_t>(1, private_cache / channel_bytes);
   int64_t block = std::min({fitting, widest, share});
   if (block > unit) block -= block % unit;
-  const bool long_runs = block * run_bytes >= (blocking.columns ? 2 : 1) * shortest_run;
+  const bool near = share * channel_bytes <= private_cache;
+  const bool from_memory = blocking.columns && tensor_bytes * tensors > shared_cache;
+  const bool long_runs = block * run_bytes >= (near ? shortest_near_run : (from_memory ? 2 : 1) * shortest_run);
   const bool resident = block * channel_bytes * tasks <= shared_cache;
   const bool few_samples = shape.outer < 2 * tasks;  // too few to share evenly
   if (!traffic.sums_first) block = std::min(widest, share);

@@ -64,8 +64,8 @@ BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::i
   out.store_vectors(offset + at, some, results);
 }
 
-// One contiguous run of a channel, and its bits of the mask.
-template <class Map, class E, class A = accumulate_t<E>>
+// One contiguous run of a channel, and its bits of the mask; `whole` as in sum_run.
+template <class Map, int whole, class E, class A = accumulate_t<E>>
 BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
                             int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
   constexpr int64_t lanes = Vec<A>::lanes;
@@ -75,6 +75,11 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
   int64_t i = 0;
   if constexpr (Map::heavy) {
     for (; i < count; i += lanes) map_vector(map, k, in, out, 0, mask, i, min(lanes, count - i));
+    return;
+  }
+  if constexpr (whole >= 0) {
+    for (int w = 0; w < whole; ++w) map_vector(map, k, in, out, 0, mask, w * lanes, lanes);
+    if (count > whole * lanes) map_vector(map, k, in, out, 0, mask, whole * lanes, count - whole * lanes);
     return;
   }
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
@@ -89,12 +94,16 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
 template <class Map, class E, class A>
 inline void map_runs(Map map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, int64_t count,
                      int64_t pitch, int64_t mask_pitch, Range channels, Coefficients<A> coefficients) {
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    map_run(map, in, out, mask, count, coefficients, c);
-    in = in.at(pitch);
-    out = out.at(pitch);
-    mask = move_mask<Map>(mask, mask_pitch);
-  }
+  const auto walk = [&](auto whole) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      map_run<Map, decltype(whole)::value>(map, in, out, mask, count, coefficients, c);
+      in = in.at(pitch);
+      out = out.at(pitch);
+      mask = move_mask<Map>(mask, mask_pitch);
+    }
+  };
+  if (!Map::heavy && count < 4 * Vec<A>::lanes) return with_constant(count / Vec<A>::lanes, walk);
+  walk(Constant<-1>{});
 }
 
 // `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of the tensors are
@@ -263,7 +272,7 @@ BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool stream,
         if (c == channels.begin || count < shape.inner) writers.start(out.at(at));
         for (int64_t i = 0; i < count; i += writers.piece) {
           const int64_t some = min(count - i, writers.piece);
-          map_run(map, in.at(at + i), writers.next(), move_mask<Map>(bits, i / 8), some, coefficients, c);
+          map_run<Map, -1>(map, in.at(at + i), writers.next(), move_mask<Map>(bits, i / 8), some, coefficients, c);
           writers.add(some);
         }
       }

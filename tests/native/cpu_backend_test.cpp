@@ -740,6 +740,25 @@ void test_large_means() {
   }
 }
 
+// Sums around zero serve the beginning, or some channels only.
+template <class E>
+void test_means_that_move() {
+  for (const Shape& shape : {Shape{9, 6, 3001}, Shape{5003, 20, 1}, Shape{4099, 70, 1}, Shape{300, 9, 49}}) {
+    for (const int64_t moved_channels : {shape.channels, int64_t{1}}) {
+      Case<E> c(shape, 0.5, 1);
+      for (int64_t channel = 0; channel < moved_channels; ++channel) {
+        for (int64_t i = shape.samples() * 2 / 3; i < shape.samples(); ++i) {
+          const int64_t at = c.at(channel, i);
+          c.x.set(at, c.x.at(at) + 90);
+        }
+      }
+      for (const int threads : {1, 2}) {
+        check_forward(c, c.forward(threads, true), true, 0.1, c.name() + " mean that moves");
+      }
+    }
+  }
+}
+
 template <class E>
 void test_constant() {
   for (const Shape& shape : {Shape{8, 3, 700}, Shape{2000, 24, 1}, Shape{3, 700, 5}}) {
@@ -904,6 +923,8 @@ void test_all() {
   test_exponentials<float>();
   test_masks_agree();
   test_large_means();
+  test_means_that_move<float>();
+  test_means_that_move<bfloat16>();
   test_constant<double>();
   test_constant<float>();
   test_constant<float16>();
