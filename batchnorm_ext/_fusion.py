@@ -38,6 +38,8 @@ _FUNCTIONS: dict[Any, str] = {
     torch.relu_: "relu",
     "relu": "relu",
     "relu_": "relu",
+    F.relu6: "relu6",
+    F.hardtanh: "relu6",
     F.leaky_relu: "leaky_relu",
     F.elu: "elu",
     F.silu: "silu",
@@ -45,10 +47,19 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardtanh: "relu6",
     nn.LeakyReLU: "leaky_relu",
     nn.ELU: "elu",
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
+}
+
+# What the functions take by position between input and inplace.
+_OPTIONS: dict[Any, tuple[str, ...]] = {
+    F.hardtanh: ("min_val", "max_val"),
+    F.leaky_relu: ("negative_slope",),
+    F.elu: ("alpha",),
 }
 
 _Epilogue = tuple[str, float]  # activation, negative_slope
@@ -563,10 +574,13 @@ class _Rewriting:
         if activation is None:
             return None
         options = dict(node.kwargs)
-        second = {"leaky_relu": "negative_slope", "elu": "alpha"}.get(activation, "inplace")
-        options.update(zip((second, "inplace"), node.args[1:], strict=False))
+        names = (*_OPTIONS.get(node.target, ()), "inplace")
+        options.update(zip(names, node.args[1:], strict=False))
         slope = options.get("negative_slope", 0.01)
         if options.get("alpha", 1.0) != 1.0 or not isinstance(slope, int | float):
+            return None
+        bounds = options.get("min_val", -1.0), options.get("max_val", 1.0)
+        if node.target is F.hardtanh and bounds != (0.0, 6.0):
             return None
         return activation, float(slope) if activation == "leaky_relu" else 0.0
 
@@ -579,5 +593,7 @@ def _epilogue_of(module: nn.Module) -> _Epilogue | None:
     """Return the activation that a module is."""
     activation = _MODULES.get(type(module))
     if activation is None or (activation == "elu" and module.alpha != 1.0):
+        return None
+    if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0.0, 6.0):
         return None
     return activation, float(module.negative_slope) if activation == "leaky_relu" else 0.0  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ._version import __version__
 
 # What may follow batch norm in its kernels; the definitions are those of torch.nn.functional.
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu", "hardswish")
+ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "elu", "silu", "hardswish")
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALAR_TYPE_NAMES = {
@@ -188,7 +188,7 @@ def forward_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Do `forward`, add `residual` and apply the activation. Return (output, mean, inv_std, shift, mask).
 
-    The mask has one bit for each element, set where relu or leaky_relu lets it pass.
+    The mask has one bit for each element, set where relu, relu6 or leaky_relu lets it pass.
     """
     check_residual(residual, input)
     check_activation(activation)
@@ -221,7 +221,7 @@ def _activated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     if residual is not None:
         u = u + residual
-    mask = _packed(~_blocked(u)) if with_mask else None
+    mask = _packed(_passes(u, activation)) if with_mask else None
     return _stored(activate(u, activation, negative_slope), input), mean, inv_std, shift, mask
 
 
@@ -458,13 +458,15 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
 
 def is_passing(activation: str) -> bool:
     """Return whether one bit an element, whether it passes, is all that the derivative depends on."""
-    return activation in ("relu", "leaky_relu")
+    return activation in ("relu", "relu6", "leaky_relu")
 
 
 def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     """Return the activation of `u`."""
     if activation == "relu":
         return F.relu(u)
+    if activation == "relu6":
+        return F.relu6(u)
     if activation == "leaky_relu":
         return F.leaky_relu(u, negative_slope)
     if activation == "elu":
@@ -479,10 +481,10 @@ def activate(u: Tensor, activation: str, negative_slope: float) -> Tensor:
 def activation_derivative(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     """Return the derivative of `activate`, made of operations that can be differentiated again."""
     if is_passing(activation):
-        return passing_derivative(~_blocked(u), activation, negative_slope, u.dtype)
+        return passing_derivative(_passes(u, activation), activation, negative_slope, u.dtype)
     if activation == "elu":
         # The clamp: where() would make NaN of the infinite exponentials that it does not choose.
-        return torch.where(_blocked(u), u.clamp(max=0.0).exp(), 1.0)
+        return torch.where(u <= 0.0, u.clamp(max=0.0).exp(), 1.0)
     if activation == "silu":
         sigmoid = u.sigmoid()
         return sigmoid * (1.0 + u * (1.0 - sigmoid))
@@ -503,9 +505,9 @@ def inverse(
     """Return the input of a call without a residual whose activation can be inverted."""
     u = output
     if activation == "leaky_relu":
-        u = torch.where(_blocked(output), output / negative_slope, output)
+        u = torch.where(output <= 0.0, output / negative_slope, output)
     elif activation == "elu":
-        u = torch.where(_blocked(output), output.clamp(max=0.0).log1p(), output)
+        u = torch.where(output <= 0.0, output.clamp(max=0.0).log1p(), output)
     scale = _scale(inv_std, weight).to(mean.dtype)
     return (u - per_channel(shift, u)) / per_channel(scale, u) + per_channel(mean, u)
 
@@ -513,13 +515,14 @@ def inverse(
 def passing_derivative(
     passes: Tensor, activation: str, negative_slope: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return the derivative of relu or leaky_relu by whether an element passes."""
+    """Return the derivative of relu, relu6 or leaky_relu by whether an element passes."""
     blocked = negative_slope if activation == "leaky_relu" else 0.0
     return torch.where(passes, torch.ones((), dtype=dtype, device=passes.device), blocked)
 
 
-def _blocked(u: Tensor) -> Tensor:
-    return u <= 0.0  # false for NaN, which passes
+def _passes(u: Tensor, activation: str) -> Tensor:
+    blocked = u <= 0.0  # false for NaN, which passes
+    return ~(blocked | (u >= 6.0) if activation == "relu6" else blocked)
 
 
 def _packed(bits: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class BatchNormActFunction(torch.autograd.Function):
     residual : Tensor of the shape, dtype and device of `input`, or None
         Added to the normalised input.
     activation : str
-        One of identity, relu, leaky_relu, elu, silu, hardswish, as in torch.nn.functional.
+        One of identity, relu, relu6, leaky_relu, elu, silu, hardswish, as in torch.nn.functional.
     negative_slope : float
         Of leaky_relu.
 
@@ -117,7 +117,7 @@ class BatchNormActFunction(torch.autograd.Function):
     Notes
     -----
     What is kept for backward beside three vectors of shape (C,) and the weight: the input where a gradient follows
-    from its deviation, as in `BatchNormFunction`; and for the activation's derivative, with relu and leaky_relu one
+    from its deviation, as in `BatchNormFunction`; and for the activation's derivative, with relu, relu6 and leaky_relu one
     bit an element, unless the input is kept anyway and there is no residual, with the smooth ones input and residual,
     with identity nothing.
     """
@@ -204,7 +204,7 @@ class BatchNormActFunction(torch.autograd.Function):
 def what_is_kept(activation: str, residual: bool, need_deviation: bool) -> tuple[bool, bool]:
     """Return what an activation's derivative needs: (a mask, input and residual).
 
-    Neither for identity, and where a kept input alone determines the sign that relu and leaky_relu need.
+    Neither for identity, and where a kept input alone determines what relu, relu6 and leaky_relu let pass.
     """
     if _reference.is_passing(activation):
         return residual or not need_deviation, False
@@ -295,7 +295,7 @@ def passing_derivative(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Return the derivative of relu or leaky_relu, which is piecewise constant, in the accumulate dtype.
+    """Return the derivative of relu, relu6 or leaky_relu, which is piecewise constant, in the accumulate dtype.
 
     It is the residual's gradient for an output gradient of ones: the backend alone can read its mask.
     """

@@ -42,8 +42,8 @@ def convert_batchnorm(module: _M, fuse_activations: bool = False) -> _M:
         Changed in place.
     fuse_activations : bool
         Also run each batch norm in one call with what follows it: a sum with another tensor (a residual connection),
-        one of `torch.nn`'s ReLU, LeakyReLU, ELU (alpha = 1), SiLU and Hardswish or its function, or both. `Notes` has
-        the conditions.
+        one of `torch.nn`'s ReLU, ReLU6, LeakyReLU, ELU (alpha = 1), SiLU and Hardswish or its function, or both.
+        `Notes` has the conditions.
 
     Returns
     -------

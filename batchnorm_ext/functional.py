@@ -96,7 +96,7 @@ def batch_norm_act(
     """Apply ``activation(batch_norm(input) + residual)`` in one pass over the data each way.
 
     The sum is rounded once, behind the activation. For backward no more is kept than batch norm alone keeps, and one
-    bit an element where relu or leaky_relu follows a residual.
+    bit an element where relu, relu6 or leaky_relu follows a residual.
 
     Parameters
     ----------
@@ -105,8 +105,8 @@ def batch_norm_act(
     residual : Tensor, optional
         Of the shape, dtype and device of `input`; added in front of the activation.
     activation : str
-        ``"identity"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"hardswish"``, as in
-        torch.nn.functional; elu with alpha = 1.
+        ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"hardswish"``, as
+        in torch.nn.functional; elu with alpha = 1.
     negative_slope : float
         Of leaky_relu.
     inplace : bool

@@ -289,7 +289,8 @@ _ADDITIONS = """
     num_features, eps, momentum, affine, track_running_stats, device, dtype, skip_nonfinite
         As in :class:`{name}`.
     activation : str, keyword-only
-        ``"identity"``, ``"relu"`` (default), ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"hardswish"``.
+        ``"identity"``, ``"relu"`` (default), ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or
+        ``"hardswish"``.
     negative_slope : float, keyword-only
         Of leaky_relu; 0.01 by default.
     inplace : bool, keyword-only

@@ -177,6 +177,9 @@ def activation(name: str, negative_slope: float = 0.01) -> Activation:
     return {
         "identity": Activation(lambda u: u, np.ones_like),
         "relu": Activation(lambda u: np.maximum(u, 0), lambda u: (u > 0).astype(u.dtype)),
+        "relu6": Activation(
+            lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)).astype(u.dtype)
+        ),
         "leaky_relu": Activation(
             lambda u: np.where(u > 0, u, slope * u),
             lambda u: np.where(u > 0, np.longdouble(1), slope),

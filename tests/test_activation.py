@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import batchnorm_ext
 from batchnorm_ext.functional import batch_norm_act
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu", "hardswish")
+ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "elu", "silu", "hardswish")
 SMOOTH = ("elu", "silu", "hardswish")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -132,7 +132,7 @@ def test_layouts(layout, residual_layout, activation, training, device):
 
 
 @MODES
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
 @pytest.mark.parametrize("grad_layout", **every(LAYOUTS))
 @pytest.mark.parametrize("layout", **every(LAYOUTS))
 def test_grad_output_of_another_layout(layout, grad_layout, activation, training, device):
@@ -385,7 +385,7 @@ def test_training_keeps_the_input(activation, device):
     assert saved_bytes(args, None, activation, training=True) <= 1.01 * args.x.numel() * 4
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_training_with_a_residual_keeps_the_input_and_a_bit_an_element(layout, activation, device):
     args = arguments(BIG, device=device, layout=layout)
@@ -394,7 +394,7 @@ def test_training_with_a_residual_keeps_the_input_and_a_bit_an_element(layout, a
 
 
 @RESIDUAL
-@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "leaky_relu"])
 def test_eval_with_frozen_parameters_keeps_a_bit_an_element_at_most(activation, residual, device):
     args = arguments(BIG, device=device)
     args.weight.requires_grad_(False)
@@ -567,7 +567,7 @@ def test_a_residual_unlike_the_input_is_refused(residual, training, device):
 
 def test_unknown_activations_are_refused(device):
     args = arguments((4, 3, 5), device=device)
-    match = "activation must be one of identity, relu, leaky_relu, elu, silu, hardswish, got 'gelu'"
+    match = "activation must be one of identity, relu, relu6, leaky_relu, elu, silu, hardswish, got 'gelu'"
     with pytest.raises(ValueError, match=match):
         call(args, activation="gelu")
     with pytest.raises(ValueError, match=match):

@@ -202,7 +202,7 @@ class Block(nn.Module):
             batchnorm_ext.BatchNormAct2d(
                 6, activation=activation, inplace=activation == "leaky_relu"
             )
-            for activation in ("relu", "leaky_relu", "elu", "silu", "hardswish")
+            for activation in ("relu", "relu6", "leaky_relu", "elu", "silu", "hardswish")
         )
         self.conv = nn.Conv2d(3, 6, 3)
         self.last = batchnorm_ext.BatchNormAct2d(6)

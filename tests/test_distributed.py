@@ -172,7 +172,7 @@ def fused_matches_the_joined_batch(
             assert_matches(total, exact, quantity, dtype)
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "elu", "silu"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "leaky_relu", "elu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parts", [PARTS[2], PARTS[3]], ids=str)
 def test_fused_activation_and_residual(ranks, parts, dtype, activation):

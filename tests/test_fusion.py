@@ -166,12 +166,29 @@ class LinearBottleneck(nn.Module):
         return x + self.conv(x)
 
 
+class InvertedResidual(nn.Module):
+    """ReLU6 behind the expansion and the depthwise convolution, none behind the projection (as torchvision writes it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Sequential(conv(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)),
+            nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.Hardtanh(0.0, 6.0)),
+            conv(8, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+        nn.init.constant_(self.conv[0][1].bias, 5.5)  # near the upper bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
 class Functions(nn.Module):
     """Each way to write an activation or a sum as a function, and a question that a trace could answer wrongly."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(9))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(12))
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norms
@@ -180,6 +197,8 @@ class Functions(nn.Module):
         x = F.leaky_relu(n[2](x), negative_slope=0.3)
         x = F.elu(n[3](x))
         x = F.silu(n[4](x), inplace=True)
+        x = F.relu6(n[9](x)) + F.hardtanh(n[10](x), 0, 6, True)
+        x = x + F.hardtanh(n[11](x), min_val=0.0, max_val=6.0)
         y = F.hardswish(n[5](x))
         y = F.relu(torch.add(n[6](y), x))
         y = n[7](y).add(x).relu_()
@@ -211,13 +230,14 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "linear bottleneck": (LinearBottleneck, ["hardswish", "+identity"]),
     "functions": (
         Functions,
-        ["relu", *["leaky_relu"] * 2, "elu", "silu", "hardswish", *["+relu"] * 3],
+        ["relu", *["leaky_relu"] * 2, "elu", "silu", *["relu6"] * 3, "hardswish", *["+relu"] * 3],
     ),
     "used twice": (UsedTwice, ["relu"]),
     "hardswish": (
         lambda: nn.Sequential(conv(4, 4), nn.BatchNorm2d(4, 1e-3), nn.Hardswish(inplace=True)),
         ["hardswish"],
     ),
+    "inverted residual": (InvertedResidual, ["relu6", "relu6", "+identity"]),
     "bn-relu-conv": (
         lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4)),
         ["relu"],
@@ -412,6 +432,8 @@ def alias_sees_the_sum(m: Custom, x: Tensor) -> Tensor:
 
 UNFUSED: dict[str, Callable[[], nn.Module]] = {
     "another activation": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()),
+    "other bounds": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Hardtanh(0, 4)),
+    "function with other bounds": lambda: Custom(lambda m, x: F.hardtanh(m.norm(x))),
     "elu with an alpha": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ELU(0.5)),
     "function with an alpha": lambda: Custom(lambda m, x: F.elu(m.norm(x), 0.5)),
     "derived activation": lambda: nn.Sequential(nn.BatchNorm2d(4), type("Own", (nn.ReLU,), {})()),

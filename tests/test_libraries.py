@@ -142,11 +142,11 @@ def fused_chains(model: nn.Module) -> int:
 
 
 # Of a ResNet's batch norms all but the last of each projected shortcut, which is the residual of another; of
-# MobileNetV3's and EfficientNet's those with an activation or a sum; MobileNetV2 has ReLU6, which is not fused, and sums.
+# MobileNets' and EfficientNet's those with an activation or a sum.
 FUSED = {
     "resnet18": (20, 17),
     "resnet50": (53, 49),
-    "mobilenet_v2": (52, 10),
+    "mobilenet_v2": (52, 45),
     "mobilenet_v3_small": (34, 29),
     "efficientnet_b0": (49, 33),
     "shufflenet_v2_x0_5": (56, 37),

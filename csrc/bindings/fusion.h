@@ -15,8 +15,9 @@ namespace batchnorm_ext::bindings {
 // Of a name in Python; nothing if there is no such activation.
 inline std::optional<Activation> activation_of(std::string_view name) {
   constexpr std::pair<std::string_view, Activation> activations[] = {
-      {"identity", Activation::identity}, {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu},
-      {"elu", Activation::elu},           {"silu", Activation::silu}, {"hardswish", Activation::hardswish},
+      {"identity", Activation::identity},     {"relu", Activation::relu}, {"relu6", Activation::relu6},
+      {"leaky_relu", Activation::leaky_relu}, {"elu", Activation::elu},   {"silu", Activation::silu},
+      {"hardswish", Activation::hardswish},
   };
   for (const auto& [known, activation] : activations) {
     if (name == known) return activation;
@@ -27,13 +28,14 @@ inline std::optional<Activation> activation_of(std::string_view name) {
 inline Activation checked_activation(std::string_view name) {
   const auto activation = activation_of(name);
   TORCH_CHECK_VALUE(activation.has_value(),
-                    "activation must be one of identity, relu, leaky_relu, elu, silu, hardswish, got '", name, "'");
+                    "activation must be one of identity, relu, relu6, leaky_relu, elu, silu, hardswish, got '", name,
+                    "'");
   return *activation;
 }
 
 // Whether one bit an element, whether it passes, is all that the derivative depends on.
 inline bool has_one_bit_derivative(Activation activation) {
-  return activation == Activation::relu || activation == Activation::leaky_relu;
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::leaky_relu;
 }
 
 // What a forward call is asked for beyond batch norm: y = activation(batch_norm(x) + residual).
@@ -99,7 +101,7 @@ inline void fuse(BackwardParams& params, const FusedBackward& fusion, const Tens
   if (!fusion.mask.has_value()) return;
   const Tensor& mask = *fusion.mask;
   const int64_t bytes = mask_bytes(params.shape);
-  TORCH_CHECK(has_one_bit_derivative(fusion.activation), "only relu and leaky_relu have a mask");
+  TORCH_CHECK(has_one_bit_derivative(fusion.activation), "only relu, relu6 and leaky_relu have a mask");
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.numel() == bytes && mask.is_contiguous() &&
                   mask.device() == dy.device(),
               "mask must be what forward returned: ", bytes, " contiguous bytes on ", dy.device());

@@ -42,20 +42,28 @@ BN_HOST_DEVICE double logarithm_of_one_plus(double a) {
   return std::log1p(a);
 }
 
-// Whether u passes unchanged; the one bit that relu and leaky_relu need of u in backward. NaN passes, as in torch.
+// Whether u does not pass unchanged; the one bit that relu, relu6 and leaky_relu need of u in backward. NaN passes, as
+// in torch.
 template <class V>
-BN_HOST_DEVICE auto blocked(V u) {
+BN_HOST_DEVICE auto blocked(V u, Activation activation) {
+  return less_equal(activation == Activation::relu6 ? select(less_equal(V(6), u), V(0), u) : u, V(0));
+}
+
+template <class V>
+BN_HOST_DEVICE auto negative(V u) {
   return less_equal(u, V(0));
 }
 
 template <Activation kActivation, class V>
 BN_HOST_DEVICE V activate(V u, V negative_slope) {
   if constexpr (kActivation == Activation::relu) {
-    return select(blocked(u), V(0), u);
+    return select(negative(u), V(0), u);
+  } else if constexpr (kActivation == Activation::relu6) {
+    return select(less_equal(V(6), u), V(6), select(negative(u), V(0), u));
   } else if constexpr (kActivation == Activation::leaky_relu) {
-    return select(blocked(u), u * negative_slope, u);
+    return select(negative(u), u * negative_slope, u);
   } else if constexpr (kActivation == Activation::elu) {
-    return select(blocked(u), exponential_minus_one(u), u);
+    return select(negative(u), exponential_minus_one(u), u);
   } else if constexpr (kActivation == Activation::silu) {
     return u / (V(1) + exponential(V(0) - u));
   } else if constexpr (kActivation == Activation::hardswish) {
@@ -69,11 +77,13 @@ BN_HOST_DEVICE V activate(V u, V negative_slope) {
 template <Activation kActivation, class V>
 BN_HOST_DEVICE V activation_derivative(V u, V negative_slope) {
   if constexpr (kActivation == Activation::relu) {
-    return select(blocked(u), V(0), V(1));
+    return select(negative(u), V(0), V(1));
+  } else if constexpr (kActivation == Activation::relu6) {
+    return select(blocked(u, kActivation), V(0), V(1));
   } else if constexpr (kActivation == Activation::leaky_relu) {
-    return select(blocked(u), negative_slope, V(1));
+    return select(negative(u), negative_slope, V(1));
   } else if constexpr (kActivation == Activation::elu) {
-    return select(blocked(u), exponential(u), V(1));
+    return select(negative(u), exponential(u), V(1));
   } else if constexpr (kActivation == Activation::silu) {
     const V sigmoid = V(1) / (V(1) + exponential(V(0) - u));
     return sigmoid * (V(1) + u * (V(1) - sigmoid));
@@ -90,10 +100,10 @@ BN_HOST_DEVICE V activation_derivative(V u, V negative_slope) {
 template <Activation kActivation, class V>
 BN_HOST_DEVICE V activation_inverse(V y, V negative_slope) {
   if constexpr (kActivation == Activation::leaky_relu) {
-    return select(blocked(y), y / negative_slope, y);
+    return select(negative(y), y / negative_slope, y);
   } else if constexpr (kActivation == Activation::elu) {
     const V least(-1.0 + 0x1p-24);
-    return select(blocked(y), logarithm_of_one_plus(select(less_equal(y, least), least, y)), y);
+    return select(negative(y), logarithm_of_one_plus(select(less_equal(y, least), least, y)), y);
   } else {
     return y;
   }
@@ -105,6 +115,8 @@ BN_HOST_DEVICE auto with_activation(Activation activation, const Action& action)
   switch (activation) {
     case Activation::relu:
       return action(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6:
+      return action(std::integral_constant<Activation, Activation::relu6>{});
     case Activation::leaky_relu:
       return action(std::integral_constant<Activation, Activation::leaky_relu>{});
     case Activation::elu:

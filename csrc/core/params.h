@@ -80,7 +80,7 @@ struct RunningStatistics {
 };
 
 // All as in torch.nn.functional; elu has alpha = 1. core/activation.h computes them.
-enum class Activation : int32_t { identity, relu, leaky_relu, elu, silu, hardswish };
+enum class Activation : int32_t { identity, relu, relu6, leaky_relu, elu, silu, hardswish };
 
 // What follows the normalisation of an element: y = activation(u), u = batch_norm(x) + residual.
 struct Epilogue {
@@ -91,9 +91,9 @@ struct Epilogue {
   BN_HOST_DEVICE bool empty() const { return activation == Activation::identity && residual == nullptr; }
 };
 
-// Bytes of a mask with one bit for each element, set where u passes relu or leaky_relu. Which bit is whose is the
-// backend's affair: it is the same in forward and backward. Enough for rows of whole bytes, whatever the rows are, and
-// for those of runs that start within a byte.
+// Bytes of a mask with one bit for each element, set where u passes relu, relu6 or leaky_relu. Which bit is whose
+// is the backend's affair: it is the same in forward and backward. Enough for rows of whole bytes, whatever the rows
+// are, and for those of runs that start within a byte.
 BN_HOST_DEVICE int64_t mask_bytes(const Shape& shape) {
   if (shape.inner == 1) return shape.outer * ((shape.channels + 7) / 8);
   return shape.outer * shape.channels * (shape.inner % 8 == 0 ? shape.inner / 8 : (shape.inner + 14) / 8);

@@ -362,7 +362,7 @@ inline void with_gradient(GradientSource source, const BackwardParams& params, c
     case GradientSource::plain:
       return action(PlainGradient{});
     case GradientSource::mask:
-      return action(MaskedGradient(act.activation == Activation::relu ? 0.0 : act.negative_slope));
+      return action(MaskedGradient(act.activation == Activation::leaky_relu ? act.negative_slope : 0.0));
     case GradientSource::relu:
       return action(ReluGradient{});
     case GradientSource::any:

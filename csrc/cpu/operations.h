@@ -20,6 +20,7 @@ struct Operation {
 
 struct Relu {
   static constexpr bool heavy = false;
+  static constexpr Activation activation = Activation::relu;
 
   template <class V>
   BN_HOST_DEVICE V apply(V u) const {
@@ -111,7 +112,7 @@ struct NormalizeActivate : Operation {
   BN_HOST_DEVICE void apply(const V* k, const V* in, Flags<typename V::Element>& is_blocked, V* out) const {
     V u = NormalizeCoefficients<V>{k[0], k[1], k[2]}(in[0]);
     if constexpr (has_residual) u = u + in[1];
-    is_blocked = blocked(u);
+    is_blocked = blocked(u, act.activation);
     out[0] = act.apply(u);
   }
 };
@@ -130,7 +131,7 @@ struct PlainGradient : Operation {
   }
 };
 
-// From the mask that forward left of relu, whose slope is 0, or leaky_relu.
+// From the mask that forward left of relu or relu6, whose slope is 0, or of leaky_relu.
 struct MaskedGradient : Operation {
   static constexpr int inputs = 2, coefficients = 1, outputs = 2;
   static constexpr MaskUse mask = MaskUse::read;

@@ -339,6 +339,8 @@ const Fusion fusions[] = {
     {Activation::relu, true, true},
     {Activation::relu, true, false},
     {Activation::relu, false, true},
+    {Activation::relu6},
+    {Activation::relu6, true, true},
     {Activation::leaky_relu},
     {Activation::leaky_relu, true, true},
     {Activation::elu},
@@ -359,6 +361,8 @@ long double activate_exactly(Activation activation, long double u) {
   switch (activation) {
     case Activation::relu:
       return u <= 0 ? 0 : u;
+    case Activation::relu6:
+      return std::min(std::max(u, 0.0L), 6.0L);
     case Activation::leaky_relu:
       return u <= 0 ? u * slope : u;
     case Activation::elu:
@@ -378,6 +382,8 @@ long double derivative_exactly(Activation activation, long double u, bool passes
   switch (activation) {
     case Activation::relu:
       return passes ? 1 : 0;
+    case Activation::relu6:
+      return passes && u < 6 ? 1 : 0;
     case Activation::leaky_relu:
       return passes ? 1 : slope;
     case Activation::elu:

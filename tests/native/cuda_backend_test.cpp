@@ -230,6 +230,8 @@ long double activated(const Case& c, long double u) {
   switch (c.activation) {
     case Activation::relu:
       return u <= 0 ? 0 : u;
+    case Activation::relu6:
+      return std::min(std::max(u, 0.0L), 6.0L);
     case Activation::leaky_relu:
       return u <= 0 ? u * c.negative_slope : u;
     case Activation::elu:
@@ -247,6 +249,8 @@ long double activated_derivative(const Case& c, long double u) {
   switch (c.activation) {
     case Activation::relu:
       return u <= 0 ? 0 : 1;
+    case Activation::relu6:
+      return u <= 0 || u >= 6 ? 0 : 1;
     case Activation::leaky_relu:
       return u <= 0 ? c.negative_slope : 1;
     case Activation::elu:
@@ -969,15 +973,16 @@ void failures() {
   }
 }
 
-constexpr Activation all_activations[] = {Activation::identity, Activation::relu, Activation::leaky_relu,
-                                          Activation::elu,      Activation::silu, Activation::hardswish};
+constexpr Activation all_activations[] = {Activation::identity,   Activation::relu, Activation::relu6,
+                                          Activation::leaky_relu, Activation::elu,  Activation::silu,
+                                          Activation::hardswish};
 
 bool has_mask(Activation activation) {
-  return activation == Activation::relu || activation == Activation::leaky_relu;
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::leaky_relu;
 }
 
 const char* name_of(Activation activation) {
-  constexpr const char* names[] = {"identity", "relu", "leaky_relu", "elu", "silu", "hardswish"};
+  constexpr const char* names[] = {"identity", "relu", "relu6", "leaky_relu", "elu", "silu", "hardswish"};
   return names[static_cast<int>(activation)];
 }
 

@@ -69,7 +69,7 @@ struct ForwardEpilogue {
         static_assert(kVector == 8);
         unsigned bits = 0;
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) bits |= blocked(u[e]) ? 0u : 1u << e;
+        for (int e = 0; e < kVector; ++e) bits |= blocked(u[e], activation) ? 0u : 1u << e;
         mask[slots[i].number] = static_cast<uint8_t>(bits);
       }
       with_activation(activation, [&](auto which) {
