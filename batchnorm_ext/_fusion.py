@@ -62,6 +62,8 @@ _OPTIONS: dict[Any, tuple[str, ...]] = {
     F.elu: ("alpha",),
 }
 
+_JOINS = (torch.cat, torch.concat, torch.concatenate, torch.stack)
+
 _Epilogue = tuple[str, float]  # activation, negative_slope
 
 
@@ -93,7 +95,7 @@ class _Plan:
     source, names
         The forward as Python code, and what it calls beside torch.
     inputs
-        The names of the tensors that forward takes.
+        The names of what forward takes, and whether it is a list of tensors; else it is a tensor.
     watched
         ``(path, class, epilogue)`` of each module whose own forward does not run. The class of a batch norm is None.
     chains
@@ -104,7 +106,7 @@ class _Plan:
         self,
         source: str,
         names: dict[str, Any],
-        inputs: tuple[str, ...],
+        inputs: dict[str, bool],
         watched: tuple[tuple[tuple[str, ...], type[nn.Module] | None, _Epilogue | None], ...],
         chains: tuple[str, ...],
     ) -> None:
@@ -118,7 +120,7 @@ class _Plan:
         """Return the arguments by position; nothing where they are not the inputs."""
         if not kwargs:
             return args
-        named = self.inputs[len(args) :]
+        named = list(self.inputs)[len(args) :]
         return (*args, *map(kwargs.get, named)) if kwargs.keys() == set(named) else ()
 
     def applies(self, container: nn.Module, arguments: tuple[Any, ...]) -> bool:
@@ -129,9 +131,12 @@ class _Plan:
             or torch.jit.is_tracing()
         ):
             return False
-        for argument in arguments:
-            if not issubclass(type(argument), Tensor):
+        for argument, is_list in zip(arguments, self.inputs.values(), strict=True):
+            if is_list and type(argument) is not list:
                 return False
+            for tensor in argument if is_list else (argument,):
+                if not issubclass(type(tensor), Tensor):
+                    return False
         for path, kind, epilogue in self.watched:
             found: nn.Module | None = container
             for name in path:
@@ -150,14 +155,14 @@ class _Plan:
 
 
 class _Fused:
-    """Mixed into the class of each container that has a plan."""
+    """Mixed into the class of each container that has plans."""
 
     _unfused_class: type[nn.Module]
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[misc]
-        plan = self.__dict__.get("_fusion")
-        chains = f"fused: {', '.join(plan.chains)}" if plan else ""
+        plans = self.__dict__.get("_fusion")
+        chains = f"fused: {', '.join(plans[0].chains)}" if plans else ""
         return "\n".join(filter(None, (text, chains)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -180,8 +185,7 @@ def _make_fused_class(unfused: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = self.__dict__.get("_fusion")
-        if plan is not None:
+        for plan in self.__dict__.get("_fusion", ()):
             arguments = plan.in_order(args, kwargs)
             if plan.applies(self, arguments):
                 return plan.forward(self, *arguments)
@@ -289,7 +293,35 @@ def _fuse_container(
         or copyreg.dispatch_table.get(kind)
     ):
         raise _NotTraceable("it has a way of its own to be copied")
-    inputs = _required_inputs(module)
+    inputs = dict.fromkeys(_required_inputs(module), False)
+    plan, open_norms, joined = _planned(module, inputs, name, waiting, left)
+    if plan is None:
+        return open_norms
+    plans = [plan]
+    if joined:
+        try:
+            of_lists, _, _ = _planned(module, inputs | joined, name, waiting, left)
+            plans.extend(filter(None, (of_lists,)))
+        except _NotTraceable as reason:
+            left[name or kind.__name__] = f"with a list of tensors: {reason}"
+    try:
+        module.__class__ = _fused_class(kind)
+    except (
+        TypeError
+    ) as error:  # a metaclass or a layout that allows no subclass in place of the class
+        raise _NotTraceable(str(error)) from error
+    module.__dict__["_fusion"] = tuple(plans)
+    return open_norms
+
+
+def _planned(
+    module: nn.Module,
+    inputs: dict[str, bool],
+    name: str,
+    waiting: set[nn.Module],
+    left: dict[str, str],
+) -> tuple[_Plan | None, set[nn.Module], dict[str, bool]]:
+    """Return the plan for one kind of inputs, as `_Rewriting.plan` does, and which inputs might as well be lists."""
     plans = []
     for training, grad in ((True, True), (False, False)):
         with _in_mode(module, training), torch.set_grad_enabled(grad):
@@ -297,18 +329,11 @@ def _fuse_container(
             tracer.trace(module)
         plans.append(_Rewriting(tracer, name, left).plan())
     (plan, open_norms), (other, _) = plans
-    if plan is None:
-        return open_norms
-    if other is None or plan.source != other.source or plan.names != other.names:
+    if plan is not None and (
+        other is None or plan.source != other.source or plan.names != other.names
+    ):
         raise _NotTraceable("forward differs between training and evaluation, or from call to call")
-    try:
-        module.__class__ = _fused_class(kind)
-    except (
-        TypeError
-    ) as error:  # a metaclass or a layout that allows no subclass in place of the class
-        raise _NotTraceable(str(error)) from error
-    module.__dict__["_fusion"] = plan
-    return open_norms
+    return plan, open_norms, tracer.joined()
 
 
 def _required_inputs(module: nn.Module) -> list[str]:
@@ -369,6 +394,15 @@ class _Value(torch.fx.Proxy):
         return super().__getattr__(name)
 
 
+class _ListOfValues(torch.fx.Proxy):
+    """A traced list of tensors, of which nothing is known but that it is one."""
+
+    __class__ = property(lambda self: list)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
 def _in_place(name: str) -> Any:
     def method(self: _Value, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
@@ -384,7 +418,7 @@ for _name in ("iadd", "isub", "imul", "itruediv"):
 class _Tracer(torch.fx.Tracer):
     """Traces a container into operations and modules; of modules, only those on the way to `waiting` are opened."""
 
-    def __init__(self, root: nn.Module, inputs: list[str], waiting: set[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, inputs: dict[str, bool], waiting: set[nn.Module]) -> None:
         super().__init__()
         self.inputs = inputs
         self.opened: dict[nn.Module, str] = {}
@@ -409,6 +443,9 @@ class _Tracer(torch.fx.Tracer):
                     child.__dict__[key] is not value for key, value in members.items()
                 ):
                     raise _NotTraceable("forward changes attributes of a module")
+            for node in graph.find_nodes(op="placeholder"):
+                if self.inputs[str(node.target)] and not all(map(_is_join, node.users)):
+                    raise _NotTraceable("forward does more with it than to join its tensors")
             return graph
         except _NotTraceable:
             raise
@@ -438,11 +475,20 @@ class _Tracer(torch.fx.Tracer):
         self.opened[module] = qualname
         return False
 
+    def joined(self) -> dict[str, bool]:
+        """Return the inputs that are joined with nothing else, as if they were lists."""
+        return {
+            str(node.target): True
+            for node in self.graph.find_nodes(op="placeholder")
+            if any(_is_join(user) and user.args[0] in (node, [node]) for user in node.users)
+        }
+
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _Value(node, self)
+        is_list = node.op == "placeholder" and self.inputs[str(node.target)]
+        return (_ListOfValues if is_list else _Value)(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _Value:  # which passes for a tensor
+        if type(a) in (_Value, _ListOfValues):  # which pass for tensors and lists
             return a.node
         return super().create_arg(a)
 
@@ -460,7 +506,7 @@ class _Rewriting:
     def __init__(self, tracer: _Tracer, name: str, left: dict[str, str]) -> None:
         self.graph = tracer.graph
         self.modules = dict(tracer.root.named_modules())
-        self.inputs = tuple(tracer.inputs)
+        self.inputs = tracer.inputs
         self.prefix = name
         self.left = left
         self.watched = set(tracer.opened.values())
@@ -583,6 +629,10 @@ class _Rewriting:
         if node.target is F.hardtanh and bounds != (0.0, 6.0):
             return None
         return activation, float(slope) if activation == "leaky_relu" else 0.0
+
+
+def _is_join(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _JOINS and len(node.args) > 0
 
 
 def _is_addition(node: torch.fx.Node) -> bool:

@@ -60,9 +60,10 @@ def convert_batchnorm(module: _M, fuse_activations: bool = False) -> _M:
     `fuse_activations` traces each container of batch norms with torch.fx: blocks, `nn.Sequential`, not the model as a
     whole. A container becomes an instance of a subclass of its class, of the same name, whose forward runs the fused
     calls; the module tree, `state_dict` and every other module stay as they are. Calls that the trace does not
-    describe take the container's own forward: other than its required arguments, arguments that are no tensors, hooks
-    on a batch norm, activation or opened container, a replaced module. Plain attributes that decide what forward does
-    are read once, at conversion; after changing one, convert again.
+    describe take the container's own forward: other than its required arguments, arguments that are no tensors (nor
+    lists of tensors that are joined by torch.cat, as in DenseNet), hooks on a batch norm, activation or opened
+    container, a replaced module. Plain attributes that decide what forward does are read once, at conversion; after
+    changing one, convert again.
 
     Fused results differ from unfused ones by rounding: the sum is rounded once, behind the activation.
     """

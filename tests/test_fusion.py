@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -156,6 +157,73 @@ class PreActivationBlock(nn.Module):
         return torch.cat([x, self.conv2(self.norm2(new).relu())], 1)
 
 
+class DenseLayer(nn.Module):
+    """Joins the tensors of a list, or takes one; may checkpoint; questions for scripting (as torchvision writes it)."""
+
+    def __init__(self, channels: int, growth: int, memory_efficient: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.conv1 = conv(channels, 8, 1)
+        self.norm2, self.relu2 = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.conv2 = conv(8, growth)
+        self.drop_rate, self.memory_efficient = 0.0, memory_efficient
+
+    def bottleneck(self, inputs: list[Tensor]) -> Tensor:
+        return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        inputs = [input] if isinstance(input, Tensor) else input
+        if self.memory_efficient and any(tensor.requires_grad for tensor in inputs):
+            if torch.jit.is_scripting():
+                raise RuntimeError("no checkpoints in scripts")
+            new = torch.utils.checkpoint.checkpoint(
+                lambda *tensors: self.bottleneck(list(tensors)), *inputs, use_reentrant=False
+            )
+        else:
+            new = self.bottleneck(inputs)
+        new = self.conv2(self.relu2(self.norm2(new)))
+        if self.drop_rate > 0:
+            new = F.dropout(new, self.drop_rate, self.training)
+        return new
+
+
+class DenseBlock(nn.ModuleDict):
+    def __init__(self, channels: int, growth: int, layers: int, **options: bool) -> None:
+        super().__init__()
+        for i in range(layers):
+            self[f"layer{i}"] = DenseLayer(channels + i * growth, growth, **options)
+
+    def forward(self, features: Tensor) -> Tensor:
+        parts = [features]
+        for layer in self.values():
+            parts.append(layer(parts))
+        return torch.cat(parts, 1)
+
+
+class DenseNet(nn.Module):
+    """Named parts of one Sequential, the last a batch norm whose ReLU is a function outside of it."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        transition = nn.Sequential(
+            OrderedDict(norm=nn.BatchNorm2d(8), relu=nn.ReLU(inplace=True), conv=conv(8, 4, 1))
+        )
+        self.features = nn.Sequential(
+            OrderedDict(
+                conv0=conv(4, 4),
+                norm0=nn.BatchNorm2d(4),
+                relu0=nn.ReLU(inplace=True),
+                denseblock1=DenseBlock(4, 2, 2, **options),
+                transition1=transition,
+                denseblock2=DenseBlock(4, 2, 1, **options),
+                norm5=nn.BatchNorm2d(6),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(F.relu(self.features(x), inplace=True), (1, 1))
+
+
 class LinearBottleneck(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -238,6 +306,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["hardswish"],
     ),
     "inverted residual": (InvertedResidual, ["relu6", "relu6", "+identity"]),
+    "dense layer": (lambda: DenseLayer(4, 2), ["relu", "relu"]),
+    "dense network": (DenseNet, ["relu"] * 9),
     "bn-relu-conv": (
         lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4)),
         ["relu"],
@@ -335,11 +405,11 @@ def test_converting_twice_and_plain_conversion_in_between(calls):
 
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_fused(how, calls):
-    module = fused(nn.Sequential(SharedReLUBlock(2), NestedBlock()))
+    module = fused(nn.Sequential(SharedReLUBlock(2), NestedBlock(), DenseLayer(4, 2)))
     clone = how(module)
     x = image(dtype=torch.float32)
     assert_bitwise(clone.eval()(x), module.eval()(x))
-    assert calls == ["relu", "+relu"] * 4
+    assert calls == [*["relu", "+relu"] * 2, "relu", "relu"] * 2
     clone.train()
     clone(x)
     if how is not copy.copy:
@@ -360,7 +430,7 @@ def test_saved_for_backward():
 
 def test_compiled_without_breaks():
     torch.manual_seed(0)
-    theirs = nn.Sequential(SharedReLUBlock(2), NestedBlock())
+    theirs = nn.Sequential(SharedReLUBlock(2), NestedBlock(), DenseNet())
     ours = fused(theirs)
     x = image(dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
@@ -622,7 +692,9 @@ def test_other_calls_take_the_own_forward(calls):
     x = image()
     for arguments, options, count in (
         ((x,), {}, 1),
-        (([x[:, :1], x[:, 1:]],), {}, 0),
+        (([x[:, :1], x[:, 1:]],), {}, 1),
+        (((x[:, :1], x[:, 1:]),), {}, 0),  # a tuple
+        ((), {"input": [x]}, 1),
         ((x, True), {}, 0),
         ((x,), {"double": True}, 0),
         ((), {"input": x}, 1),
@@ -632,6 +704,43 @@ def test_other_calls_take_the_own_forward(calls):
         torch.testing.assert_close(ours(*arguments, **options), theirs(*arguments, **options))
         assert len(calls) == count
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def more_than_joined(m: Custom, x: Tensor | list[Tensor]) -> Tensor:
+    parts = [x] if isinstance(x, Tensor) else x
+    return m.act(m.norm(torch.cat(parts, 1))) + parts[0]
+
+
+def questioned(m: Custom, x: Tensor | list[Tensor]) -> Tensor:
+    parts = [x] if isinstance(x, Tensor) else x[:1]
+    return m.act(m.norm(torch.cat(parts, 1)))
+
+
+def counted(m: Custom, x: Tensor | list[Tensor]) -> Tensor:
+    parts = [x] if isinstance(x, Tensor) else [t * len(x) for t in x]
+    return m.act(m.norm(torch.cat(parts, 1)))
+
+
+@pytest.mark.parametrize("body", [more_than_joined, questioned, counted])
+def test_lists_that_are_more_than_joined_take_the_own_forward(body, calls):
+    theirs = Custom(body).double()
+    ours = copy.deepcopy(theirs)
+    with pytest.warns(UserWarning, match=r": Custom \(with a list of tensors: "):
+        convert_batchnorm(ours, fuse_activations=True)
+    x = image()
+    torch.testing.assert_close(ours([x, x[:, :0]]), theirs([x, x[:, :0]]))
+    assert calls == []
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_checkpoints_of_a_dense_network_stay(calls):
+    """What cannot be traced is left: here the layers, each by its name."""
+    theirs = DenseNet(memory_efficient=True).double()
+    ours = copy.deepcopy(theirs)
+    with pytest.warns(UserWarning, match=r"features\.denseblock1\.layer0 \(torch\.fx cannot trace"):
+        convert_batchnorm(ours, fuse_activations=True)
+    torch.testing.assert_close(ours(image()), theirs(image()))
+    assert calls == ["relu"] * 3
 
 
 def test_replaced_modules_are_used(calls):
