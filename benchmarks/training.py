@@ -24,7 +24,7 @@ COMPILING_S = 100
 
 
 def model_tasks(batch: int, size: int, dtype: str, layout: str) -> list[Task]:
-    """Up to five contenders; the weight makes up for steps that take a second on a CPU."""
+    """Up to six contenders; the weight makes up for steps that take a second on a CPU."""
     case = Case("model/resnet50", (batch, 3, size, size), dtype, layout)
     run = lambda session, seconds: measure_model(session, case, seconds)  # noqa: E731
     return [Task(f"{case} train_step", run, weight=20.0)]
@@ -51,6 +51,12 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
             exclude(session, "torch_compile", case, "train_step", reason)
         else:
             networks["torch_compile"] = torch.compile(copy.deepcopy(reference), dynamic=False)
+    if "onednn" in session.contenders:
+        if (case.dtype, case.layout) == ("float32", "contiguous"):
+            networks["onednn"] = Blocked(copy.deepcopy(reference))
+        else:
+            reason = "mkldnn tensors have a layout of their own, and no autocast"
+            exclude(session, "onednn", case, "train_step", reason)
     expected, traffic = _truth(reference, images, labels)
     calls = {}
     for name in (name for name in networks if name in session.contenders):
@@ -62,6 +68,9 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
                 continue
         step = _Step(networks[name], images, labels, DTYPES[case.dtype])
         step()  # what is set up once is no cost of a step
+        calls[name] = step
+        if name == "onednn":  # which hides what it keeps
+            continue
         session.record.memory.append(
             {
                 "case": case.name,
@@ -75,8 +84,19 @@ def measure_model(session: Session, case: Case, seconds: float) -> None:
                 "peak_bytes": peak_bytes(step, device),
             }
         )
-        calls[name] = step
     time_calls(session, case, "train_step", "cold", calls, seconds, bytes_min=traffic)
+
+
+class Blocked(nn.Module):
+    """A network on oneDNN's tensors, in the layouts that its convolutions pick."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the network's output for `images` as an ordinary tensor."""
+        return self.network(images.to_mkldnn()).to_dense()
 
 
 def without_batchnorm(network: nn.Module) -> nn.Module:
