@@ -246,8 +246,7 @@ def _checking_stages(out: Path) -> list[Stage]:
         (path.name for path in (ROOT / "tests").glob("test_*.py")),
         key=lambda name: (name not in FIRST_TESTS, name),
     )
-    # Most of a test is its oracle, on the CPU.
-    one_thread = {"OMP_NUM_THREADS": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # of many processes
     stages = [
         Stage("exercise", [*itself, "--exercise", "--seconds", SECONDS], share=12),
         Stage("device limits", limits, share=6, decides=False),
@@ -258,7 +257,7 @@ def _checking_stages(out: Path) -> list[Stage]:
             share=18,
             environment=one_thread,
         ),
-        Stage("system tests", _pytest(SYSTEM_TESTS, 1), share=14),
+        Stage("system tests", _pytest(SYSTEM_TESTS, max(1, WORKERS // 2)), share=14),
     ]
     sanitizer = _tool("compute-sanitizer")
     for tool in SANITIZERS:
@@ -278,16 +277,19 @@ def _checking_stages(out: Path) -> list[Stage]:
     counted = ["--clock-control", "none", "--csv", "--log-file", str(out / "traffic.csv")]
     counted += ["--metrics", ",".join(COUNTERS), "--kernel-name-base", "demangled"]
     counted += ["--kernel-name", "regex:batchnorm_ext", *itself, "--traffic"]
-    traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=6, decides=False)
+    traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
     traffic.note = "" if profiler else "ncu was not found"
     return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 10, False)]
 
 
 def _pytest(files: Iterable[str], workers: int) -> list[str]:
-    """Each test's name before it runs, and where one hangs: a log that ends early says why."""
+    """Each test's name before it runs, and where one hangs: a log that ends early says why.
+
+    In several processes, since most of a test is its oracle, on the CPU. Where a test costs one of
+    them the device, another takes its place.
+    """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=40"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TEST_S * 2 // 3}"]
-    # Even one process of its own: where a test costs it the device, another takes its place.
     if find_spec("xdist"):
         command += ["-n", str(workers), "--max-worker-restart", "16"]
     if find_spec("pytest_timeout"):

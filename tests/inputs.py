@@ -151,7 +151,7 @@ def arguments(
     channels = shape[1]
 
     def normal(size: tuple[int, ...], center: float, spread: float) -> torch.Tensor:
-        return torch.randn(size, dtype=torch.float64) * spread + center
+        return torch.randn(size, dtype=torch.float64, device=device) * spread + center
 
     def vector(values: torch.Tensor) -> torch.Tensor:
         return values.to(device=device, dtype=parameter_dtype)
@@ -160,7 +160,7 @@ def arguments(
     parameters = [vector(normal((channels,), 1.0, 0.5)), vector(normal((channels,), 0.0, 1.0))]
     statistics = [
         vector(normal((channels,), 0.3, 1.0)),
-        vector(torch.rand(channels, dtype=torch.float64) + 0.5),
+        vector(torch.rand(channels, dtype=torch.float64, device=device) + 0.5),
     ]
     dy = normal(shape, 0.1, 1.0).to(device=device, dtype=dtype)
     return Arguments(
