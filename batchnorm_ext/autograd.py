@@ -77,12 +77,15 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.eps = eps
         ctx.dweight_dtype = weight.dtype if weight is not None and need_dweight else None
         ctx.dbias_dtype = bias.dtype if bias is not None and need_dbias else None
+        ctx.set_materialize_grads(False)
         need_x = need_dweight or (training and need_dx)
         ctx.save_for_backward(input if need_x else None, weight if need_dx else None, mean, inv_std)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 10
         input, weight, mean, inv_std = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], ctx.dweight_dtype, ctx.dbias_dtype)
         if torch.is_grad_enabled() or not is_plain(grad_output):
@@ -158,6 +161,7 @@ class BatchNormActFunction(torch.autograd.Function):
             negative_slope,
             with_mask,
         )
+        ctx.set_materialize_grads(False)
         need_input = need_deviation or smooth
         ctx.save_for_backward(
             input if need_input else None,
@@ -178,7 +182,9 @@ class BatchNormActFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 13
         input, residual, weight, bias, mean, inv_std, shift, mask = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[:2]
         saved = (mean, inv_std, shift, mask, ctx.strides, ctx.training)

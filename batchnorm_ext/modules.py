@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from ._extension import backend
 from .functional import batch_norm_act_with_counter, batch_norm_with_counter, check_activation
 
 __all__ = [
@@ -60,7 +62,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._traced(input)
         self._check_input_dim(input)
-        return batch_norm_with_counter(input, *self._call())
+        call = self._call()
+        if not is_compiling():
+            # What batch_norm_with_counter begins with, without the time that one more Python call takes.
+            output = backend().fast_path(input, *call)
+            if output is not None:
+                return output
+        return batch_norm_with_counter(input, *call)
 
     def _forward_act(
         self,

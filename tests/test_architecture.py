@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "_operators": {"_extension", "_reference"},
     "autograd": {"_operators", "_reference"},
     "functional": {"autograd", "_operators", "_extension", "_reference"},
-    "modules": {"functional"},
+    "modules": {"functional", "_extension"},
     "_fusion": {"modules", "_reference"},
     "convert": {"_fusion", "modules"},
     "distributed": {

@@ -480,6 +480,30 @@ def test_compiled_autograd():
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["out-of-place", "in-place"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiled_autograd_of_fused_calls(training, inplace):
+    module = batchnorm_ext.BatchNormAct2d(3, activation="leaky_relu", inplace=inplace)
+    module.train(training)
+    x, residual = (torch.randn(4, 3, 5, 5, requires_grad=True) for _ in range(2))
+    wanted = [x, residual, *module.parameters()]
+    chains = {  # in training a call with a residual is not in place
+        "residual": lambda: module(x * 1.0, residual).exp().sum(),
+        "alone": lambda: module(x * residual).exp().sum(),
+    }
+    for name, chain in chains.items():
+        expected = torch.autograd.grad(chain(), wanted)
+        for tensor in wanted:
+            tensor.grad = None
+        loss = chain()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            loss.backward()
+        for tensor, gradient in zip(wanted, expected, strict=True):
+            torch.testing.assert_close(
+                tensor.grad, gradient, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 @pytest.mark.native
 def test_the_graph_holds_our_operators():
     from torch._dynamo.backends.common import aot_autograd

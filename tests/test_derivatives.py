@@ -130,6 +130,38 @@ def test_bias_without_weight_double_backward(training, device):
     assert gradgradcheck(function_of(args, training), [args.x, args.bias])
 
 
+class Cut(torch.autograd.Function):
+    """The identity, whose backward pass ends here."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@MODES
+@pytest.mark.parametrize(
+    "function",
+    [
+        batch_norm,
+        lambda *args, **options: batchnorm_ext.functional.batch_norm_act(*args, **options),
+        lambda x, mean, var, weight, bias, training: batchnorm_ext.BatchNormFunction.apply(
+            x, weight, bias, mean, var, None, training, 0.1, 1e-5, False
+        ),
+        torch_batch_norm,
+    ],
+    ids=["batch_norm", "batch_norm_act", "BatchNormFunction", "torch"],
+)
+def test_an_output_without_gradient_gives_none(function, training, device):
+    """Not zeros, which an optimizer would take for a gradient."""
+    args = arguments((4, 6, 5, 3), device=device)
+    Cut.apply(call(args, function, training=training)).sum().backward()
+    assert [t.grad for t in differentiable(args)] == [None, None, None]
+
+
 @MODES
 def test_second_derivative_keeps_statistics(training, device):
     args = arguments((4, 3, 2), torch.float64, device=device)

@@ -144,6 +144,26 @@ def test_rewriting_the_input_is_an_error(device):
         y.backward(args.dy)
 
 
+def test_rewriting_the_weight_is_an_error(device):
+    args = arguments((4, 6, 5, 3), device=device)
+    y = call(args, training=False)
+    with torch.no_grad():
+        args.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(args.dy)
+
+
+@pytest.mark.native
+def test_statistics_changed_by_a_hook_are_refused(device):
+    """What a saved-tensor hook gives back is checked like any argument, before anything is computed from it."""
+    args = arguments((4, 6, 5, 3), device=device)
+    shorten = lambda t: t[..., :3].contiguous() if t.shape == (2, 6) else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, shorten):
+        y = call(args, training=True)
+    with pytest.raises(RuntimeError, match=r"statistics must be what forward returned.*\[2, 6\]"):
+        y.backward(args.dy)
+
+
 def test_backward_twice_needs_retain_graph(device):
     args = arguments((4, 6, 5, 3), device=device)
     y = call(args, training=True)

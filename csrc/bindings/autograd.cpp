@@ -4,7 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -13,14 +14,13 @@
 #include <vector>
 
 #include "bindings/batch_norm.h"
+#include "bindings/call_node.h"
 #include "bindings/in_place.h"
 
 namespace batchnorm_ext::bindings {
 namespace {
 
 namespace py = pybind11;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // What stands between a call and its kernel in torch's dispatcher when there is nothing special about it. Autocast is
 // not special: it has no rule for batch norm.
@@ -35,230 +35,223 @@ bool is_plain(c10::DispatchKeySet keys) {
   return (((keys | local.included_) - local.excluded_).raw_repr() & ~plain.raw_repr()) == 0;
 }
 
-bool has_tangent(const Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->autograd_meta() != nullptr && tensor._fw_grad(/*level=*/0).defined();
+// ---- The nodes ----
+
+std::optional<at::ScalarType> type_of(const Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor.scalar_type()) : std::nullopt;
 }
 
-// What a call needs besides the tensors that gradients flow to.
-struct Settings {
-  OptionalTensor running_mean, running_var, num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-  bool skip_nonfinite;
-};
-
-OptionalTensor optional(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+// The dtype of a parameter's gradient, if it is wanted.
+std::optional<at::ScalarType> type_if(bool wanted, std::optional<at::ScalarType> type) {
+  return wanted ? type : std::nullopt;
 }
 
-bool requires_grad(const OptionalTensor& tensor) {
-  return tensor && tensor->requires_grad();
+bool must_differentiate(const Tensor& grad_output) {
+  return at::GradMode::is_enabled() || !is_plain(grad_output.key_set());
 }
-
-std::optional<at::ScalarType> type_of(const OptionalTensor& tensor) {
-  return tensor ? std::optional(tensor->scalar_type()) : std::nullopt;
-}
-
-// Which gradients a backward pass asks for. Autograd numbers the tensors that it was given; absent ones do not count.
-class WantedGradients {
- public:
-  explicit WantedGradients(const AutogradContext& context) : context_(context) {}
-
-  bool next() { return context_.needs_input_grad(edge_++); }
-  // The dtype of the gradient of a parameter whose dtype, or absence, was saved.
-  std::optional<at::ScalarType> next(const c10::IValue& type) {
-    if (type.isNone() || !next()) return std::nullopt;
-    return type.toScalarType();
-  }
-
- private:
-  const AutogradContext& context_;
-  size_t edge_ = 0;
-};
 
 // The formulas of gradients that can be differentiated stand once, in Python, made of torch's operations.
-template <size_t kGradients, class... Arguments>
-std::array<Tensor, kGradients> differentiable(const char* function, const Arguments&... arguments) {
+template <class... Arguments>
+variable_list differentiable(const char* function, const Arguments&... arguments) {
   const py::gil_scoped_acquire gil;
-  const py::object results = py::module_::import("batchnorm_ext.autograd").attr(function)(arguments...);
-  std::array<Tensor, kGradients> gradients;
-  for (size_t i = 0; i < kGradients; ++i) {
-    const auto gradient = results[py::int_(i)].cast<OptionalTensor>();
-    gradients[i] = gradient.value_or(Tensor());
-  }
+  const py::tuple results = py::module_::import("batchnorm_ext.autograd").attr(function)(arguments...);
+  variable_list gradients;
+  for (const auto gradient : results) gradients.push_back(or_undefined(gradient.cast<OptionalTensor>()));
   return gradients;
 }
 
-class BatchNorm : public torch::autograd::Function<BatchNorm> {
- public:
-  static Tensor forward(AutogradContext* context, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Settings& call) {
-    auto [output, mean, inv_std] =
-        bindings::forward(input, weight, bias, call.running_mean, call.running_var, call.num_batches_tracked,
-                          call.training, call.momentum, call.eps, call.skip_nonfinite);
-    const bool need_dx = input.requires_grad();
-    const bool need_dweight = requires_grad(weight);
-    const bool need_x = need_dweight || (call.training && need_dx);
-    context->save_for_backward(
-        {need_x ? input : Tensor(), weight && need_dx ? *weight : Tensor(), std::move(mean), std::move(inv_std)});
-    context->saved_data["call"] = c10::ivalue::Tuple::create(call.training, call.eps, type_of(weight), type_of(bias));
+// As BatchNormFunction in Python.
+struct BatchNorm {
+  static constexpr const char* name = "batchnorm_ext::BatchNormBackward";
+  enum Saved : size_t { saved_input, saved_weight, saved_statistics, saved };
+  enum Gradient : size_t { to_input, to_weight, to_bias, gradients };
+
+  bool training;
+  double eps;
+  std::optional<at::ScalarType> weight_type, bias_type;
+
+  template <class Self, class Action>
+  static void visit(Self& call, const Action& action) {
+    action(call.training), action(call.eps), action(call.weight_type), action(call.bias_type);
+  }
+
+  static Tensor forward(const ForwardArguments& call) {
+    const bool need_dx = call.input.requires_grad();
+    const bool need_x = call.weight.requires_grad() || (call.training && need_dx);
+    const auto node = make_node(BatchNorm{call.training, call.eps, type_of(call.weight), type_of(call.bias)},
+                                call.input, call.weight, call.bias);
+    if (need_x) node->save(saved_input, call.input);
+    if (need_dx) node->save(saved_weight, call.weight);
+    const Tensor statistics = empty_statistics(call.input, 2);
+    Tensor output = forward_call(call, rows_to_keep(statistics), nullptr).output;
+    node->save(saved_statistics, statistics);
+    torch::autograd::set_history(output, node);
     return output;
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
-    const Tensor& grad_output = grad_outputs[0];
-    const variable_list saved = context->get_saved_variables();
-    const auto call = context->saved_data["call"].toTuple();
-    const bool training = call->elements()[0].toBool();
-    const double eps = call->elements()[1].toDouble();
-
-    WantedGradients wanted(*context);
-    const bool need_dx = wanted.next();
-    const auto dweight_type = wanted.next(call->elements()[2]);
-    const auto dbias_type = wanted.next(call->elements()[3]);
-
-    const OptionalTensor input = optional(saved[0]), weight = optional(saved[1]);
-    const Tensor &mean = saved[2], &inv_std = saved[3];
-    if (at::GradMode::is_enabled() || !is_plain(grad_output.key_set())) {
-      auto [dx, dweight, dbias] = differentiable<3>("differentiable_backward", grad_output, input, weight, mean,
-                                                    inv_std, training, eps, need_dx, dweight_type, dbias_type);
-      return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+  variable_list backward(const std::array<Tensor, saved>& tensors, const Tensor& dy,
+                         const std::array<bool, gradients>& wanted) const {
+    const Tensor &input = tensors[saved_input], &weight = tensors[saved_weight];
+    const Tensor& statistics = tensors[saved_statistics];
+    const auto dweight_type = type_if(wanted[to_weight], weight_type), dbias_type = type_if(wanted[to_bias], bias_type);
+    if (must_differentiate(dy)) {
+      return differentiable("differentiable_backward", dy, optional(input), optional(weight), statistics.select(0, 0),
+                            statistics.select(0, 1), training, eps, wanted[to_input], dweight_type, dbias_type);
     }
-    auto [dx, dweight, dbias] =
-        bindings::backward(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_type, dbias_type);
-    return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+    auto [dx, dresidual, dweight, dbias] = backward_call(
+        {dy, input, weight, saved_rows(statistics, 2, dy), training, wanted[to_input], dweight_type, dbias_type},
+        nullptr);
+    return {std::move(dx), std::move(dweight), std::move(dbias)};
   }
 };
 
-struct FusedSettings : Settings {
+struct FusedArguments {
+  const Tensor& residual;
   Activation activation;
   std::string_view activation_name;
   double negative_slope;
-  bool in_place;
+  bool inplace;
 };
 
 // As BatchNormActFunction in Python, and in place where that was asked for and can be inverted.
-class BatchNormAct : public torch::autograd::Function<BatchNormAct> {
- public:
-  static Tensor forward(AutogradContext* context, const Tensor& input, const OptionalTensor& residual,
-                        const OptionalTensor& weight, const OptionalTensor& bias, const FusedSettings& call) {
+struct BatchNormAct {
+  static constexpr const char* name = "batchnorm_ext::BatchNormActBackward";
+  enum Saved : size_t { saved_input, saved_residual, saved_weight, saved_bias, saved_statistics, saved_mask, saved };
+  enum Gradient : size_t { to_input, to_residual, to_weight, to_bias, gradients };
+
+  bool training;
+  double eps;
+  std::optional<at::ScalarType> weight_type, bias_type;
+  std::string activation_name;
+  double negative_slope;
+  std::vector<int64_t> strides;  // of the output
+  bool inverted;                 // what is saved as input is the output, which took its place
+
+  template <class Self, class Action>
+  static void visit(Self& call, const Action& action) {
+    action(call.training), action(call.eps), action(call.weight_type), action(call.bias_type);
+    action(call.activation_name), action(call.negative_slope), action(call.strides), action(call.inverted);
+  }
+
+  static Tensor forward(const ForwardArguments& call, const FusedArguments& fused) {
+    const Tensor &input = call.input, &weight = call.weight, &bias = call.bias, &residual = fused.residual;
     const bool need_dx = input.requires_grad();
-    const bool need_deviation = requires_grad(weight) || (call.training && need_dx);
-    const bool one_bit = has_one_bit_derivative(call.activation);
-    const bool smooth = !one_bit && call.activation != Activation::identity;
+    const bool need_deviation = weight.requires_grad() || (call.training && need_dx);
+    const bool one_bit = has_one_bit_derivative(fused.activation);
+    const bool smooth = !one_bit && fused.activation != Activation::identity;
     const bool need_x = need_deviation || smooth;
-    const bool in_place = call.in_place && may_overwrite(input, residual, true) &&
-                          (!need_x || (!residual && is_invertible(input, weight, bias, call.activation,
-                                                                  call.negative_slope, call.training)));
+    const bool in_place = fused.inplace && may_overwrite(input, residual, true) &&
+                          (!need_x || (!residual.defined() && is_invertible(input, weight, bias, fused.activation,
+                                                                            fused.negative_slope, call.training)));
     const bool inverted = in_place && need_x;
-    const Fusion fusion{call.activation, call.negative_slope, residual,
-                        one_bit && (residual.has_value() || !need_deviation), in_place};
-    auto [output, mean, inv_std, shift, mask] =
-        forward_call(input, weight, bias, call.running_mean, call.running_var, call.num_batches_tracked, call.training,
-                     call.momentum, call.eps, call.skip_nonfinite, &fusion);
-    if (in_place) context->mark_dirty({input});
-    context->save_for_backward({need_x ? (inverted ? output : input) : Tensor(),
-                                smooth && residual ? *residual : Tensor(),
-                                weight && (need_dx || need_x) ? *weight : Tensor(), smooth && bias ? *bias : Tensor(),
-                                std::move(mean), std::move(inv_std), std::move(shift), std::move(mask)});
-    context->saved_data["call"] = c10::ivalue::Tuple::create(
-        {call.training, call.eps, residual.has_value(), type_of(weight), type_of(bias),
-         std::string(call.activation_name), call.negative_slope, output.strides().vec(), inverted});
+    const auto node =
+        make_node(BatchNormAct{call.training, call.eps, type_of(weight), type_of(bias),
+                               std::string(fused.activation_name), fused.negative_slope, /*strides=*/{}, inverted},
+                  input, residual, weight, bias);
+    if (need_x && !inverted) node->save(saved_input, input);
+    if (smooth) node->save(saved_residual, residual);
+    if (need_dx || need_x) node->save(saved_weight, weight);
+    if (smooth) node->save(saved_bias, bias);
+
+    const Tensor statistics = empty_statistics(input, 3);
+    const Fusion fusion{fused.activation, fused.negative_slope, residual,
+                        one_bit && (residual.defined() || !need_deviation), in_place};
+    auto [output, mask] = forward_call(call, rows_to_keep(statistics), &fusion);
+    node->call.strides = output.strides().vec();
+    node->save(saved_statistics, statistics);
+    node->save(saved_mask, mask);
+    if (in_place) {
+      torch::autograd::impl::bump_version(output);
+      torch::autograd::rebase_history(output, node);
+    } else {
+      torch::autograd::set_history(output, node);
+    }
+    if (inverted) node->save(saved_input, output, /*is_output=*/true);
     return output;
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
-    const Tensor& grad_output = grad_outputs[0];
-    const variable_list saved = context->get_saved_variables();
-    const auto call = context->saved_data["call"].toTuple();
-    const bool training = call->elements()[0].toBool();
-    const double eps = call->elements()[1].toDouble();
-    const bool has_residual = call->elements()[2].toBool();
-    const std::string& activation_name = call->elements()[5].toStringRef();
-    const double negative_slope = call->elements()[6].toDouble();
-    const std::vector<int64_t> strides = call->elements()[7].toIntVector();
-    const bool inverted = call->elements()[8].toBool();
+  variable_list backward(const std::array<Tensor, saved>& tensors, const Tensor& dy,
+                         const std::array<bool, gradients>& wanted) const {
+    const Tensor &residual = tensors[saved_residual], &weight = tensors[saved_weight], &bias = tensors[saved_bias];
+    const Tensor &statistics = tensors[saved_statistics], &mask = tensors[saved_mask];
+    Tensor input = tensors[saved_input];
+    const bool need_dx = wanted[to_input], need_dresidual = wanted[to_residual];
+    const auto dweight_type = type_if(wanted[to_weight], weight_type), dbias_type = type_if(wanted[to_bias], bias_type);
+    if (must_differentiate(dy)) {
+      const auto rows = statistics.unbind();
+      if (inverted) input = inverse(input, weight, rows);
+      return differentiable("differentiable_backward_act", dy, optional(input), optional(residual), optional(weight),
+                            optional(bias), rows[0], rows[1], rows[2], optional(mask), strides, training, eps, need_dx,
+                            need_dresidual, dweight_type, dbias_type, activation_name, negative_slope);
+    }
     const Activation activation = *activation_of(activation_name);
-
-    WantedGradients wanted(*context);
-    const bool need_dx = wanted.next();
-    const bool need_dresidual = has_residual && wanted.next();
-    const auto dweight_type = wanted.next(call->elements()[3]);
-    const auto dbias_type = wanted.next(call->elements()[4]);
-
-    OptionalTensor input = optional(saved[0]);
-    const OptionalTensor residual = optional(saved[1]), weight = optional(saved[2]), bias = optional(saved[3]);
-    const Tensor &mean = saved[4], &inv_std = saved[5], &shift = saved[6];
-    const OptionalTensor mask = optional(saved[7]);
-    if (at::GradMode::is_enabled() || !is_plain(grad_output.key_set())) {
-      if (inverted) input = inverse(*input, weight, mean, inv_std, shift, activation_name, negative_slope);
-      auto [dx, dresidual, dweight, dbias] = differentiable<4>(
-          "differentiable_backward_act", grad_output, input, residual, weight, bias, mean, inv_std, shift, mask,
-          strides, training, eps, need_dx, need_dresidual, dweight_type, dbias_type, activation_name, negative_slope);
-      return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias), Tensor()};
-    }
-    if (activation == Activation::identity && !inverted) {
-      auto [dx, dweight, dbias] =
-          bindings::backward(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_type, dbias_type);
-      return {std::move(dx), need_dresidual ? grad_output : Tensor(), std::move(dweight), std::move(dbias), Tensor()};
-    }
-    const FusedBackward fusion{activation, negative_slope, residual, shift, mask, strides, need_dresidual, inverted};
-    auto [dx, dresidual, dweight, dbias] =
-        backward_call(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_type, dbias_type, &fusion);
-    return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias), Tensor()};
+    const BackwardArguments call{dy,       input,   weight,       saved_rows(statistics, 3, dy),
+                                 training, need_dx, dweight_type, dbias_type};
+    const FusedBackward fusion{activation, negative_slope, residual, mask, strides, need_dresidual, inverted};
+    const bool plain = activation == Activation::identity && !inverted;  // the residual's gradient is the output's
+    auto [dx, dresidual, dweight, dbias] = backward_call(call, plain ? nullptr : &fusion);
+    if (plain && need_dresidual) dresidual = dy;
+    return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
   }
 
  private:
   // The input that the output of an in-place call took the place of, with the input's place in autograd's graph.
-  static Tensor inverse(const Tensor& output, const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std,
-                        const Tensor& shift, const std::string& activation, double negative_slope) {
+  Tensor inverse(const Tensor& output, const Tensor& weight, const std::vector<Tensor>& statistics) const {
     Tensor input;
     {
       const at::NoGradGuard no_grad;
       const py::gil_scoped_acquire gil;
       input = py::module_::import("batchnorm_ext._reference")
-                  .attr("inverse")(output, weight, mean, inv_std, shift, activation, negative_slope)
+                  .attr("inverse")(output, optional(weight), statistics[0], statistics[1], statistics[2],
+                                   activation_name, negative_slope)
                   .cast<Tensor>();
     }
     const auto node = torch::autograd::get_current_node();
-    if (node && node->next_edge(0).is_valid()) torch::autograd::impl::set_gradient_edge(input, node->next_edge(0));
+    if (node && node->next_edge(to_input).is_valid()) {
+      torch::autograd::impl::set_gradient_edge(input, node->next_edge(to_input));
+    }
     return input;
   }
 };
 
-// Reads a Python argument as a tensor or None, and notes whether it is more than a plain tensor.
+// ---- The calls ----
+
+// Reads a Python argument as a tensor or None, and notes whether it is more than a plain tensor. What is read lives as
+// long as the argument.
 class Arguments {
  public:
-  OptionalTensor take(py::handle argument) {
-    if (argument.is_none()) return std::nullopt;
+  const Tensor& take(py::handle argument) {
+    if (argument.is_none()) return absent();
     if (!THPVariable_CheckExact(argument.ptr())) {
       plain_ = false;
-      return std::nullopt;
+      return absent();
     }
     const Tensor& tensor = THPVariable_Unpack(argument.ptr());
     keys_ = keys_ | tensor.key_set();
-    plain_ = plain_ && !has_tangent(tensor);
+    has_tangent_ = has_tangent_ || (differentiates_forward_ && tensor._fw_grad(/*level=*/0).defined());
     return tensor;
   }
 
-  bool plain() const { return plain_ && bindings::is_plain(keys_); }
+  bool plain() const { return plain_ && !has_tangent_ && is_plain(keys_); }
 
  private:
   c10::DispatchKeySet keys_;
-  bool plain_ = true;
+  bool plain_ = true, has_tangent_ = false;
+  // Each tensor would have to be locked to be asked for a tangent.
+  const bool differentiates_forward_ = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 };
 
 bool has_kernels(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
-bool accepted(const Tensor& input, const Settings& call) {
+bool accepted(const ForwardArguments& call) {
+  const Tensor& input = call.input;
   if (input.dim() < 2 || !has_kernels(input.scalar_type()) || !(call.eps > 0.0)) return false;
-  if (requires_grad(call.running_mean) || requires_grad(call.running_var)) return false;
-  if (!call.training) return call.running_mean && call.running_var;
+  if (call.running_mean.requires_grad() || call.running_var.requires_grad()) return false;
+  if (!call.training) return call.running_mean.defined() && call.running_var.defined();
   const int64_t channels = input.size(1);
-  return call.running_mean.has_value() == call.running_var.has_value() && (channels == 0 || input.numel() != channels);
+  return call.running_mean.defined() == call.running_var.defined() && (channels == 0 || input.numel() != channels);
 }
 
 bool like(const Tensor& residual, const Tensor& input) {
@@ -266,80 +259,88 @@ bool like(const Tensor& residual, const Tensor& input) {
          residual.device() == input.device();
 }
 
+// Whether a gradient may be asked of any of these.
+template <class... Tensors>
+bool needs_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
 // A forward pass inside a backward pass is activation checkpointing's, and the statistics know this batch already.
-void leave_statistics_when_recomputing(Settings& call) {
-  if (call.training && torch::autograd::get_current_graph_task_id() != -1) {
-    call.running_mean = call.running_var = call.num_batches_tracked = std::nullopt;
-  }
+bool is_recomputing() {
+  return torch::autograd::get_current_graph_task_id() != -1;
 }
 
 }  // namespace
 
-py::object fast_path(py::handle input_arg, py::handle running_mean, py::handle running_var, py::handle weight_arg,
-                     py::handle bias_arg, py::handle num_batches_tracked, bool training, std::optional<double> momentum,
-                     double eps, bool skip_nonfinite) {
+py::object fast_path(py::handle input_arg, py::handle running_mean_arg, py::handle running_var_arg,
+                     py::handle weight_arg, py::handle bias_arg, py::handle num_batches_tracked_arg, bool training,
+                     std::optional<double> momentum, double eps, bool skip_nonfinite) {
   Arguments arguments;
-  const OptionalTensor input = arguments.take(input_arg);
-  const OptionalTensor weight = arguments.take(weight_arg), bias = arguments.take(bias_arg);
-  Settings call{arguments.take(running_mean),
-                arguments.take(running_var),
-                arguments.take(num_batches_tracked),
-                training,
-                momentum,
-                eps,
-                skip_nonfinite};
-  if (!input || !arguments.plain() || !accepted(*input, call)) return py::none();
-  leave_statistics_when_recomputing(call);
+  const Tensor& input = arguments.take(input_arg);
+  const Tensor &running_mean = arguments.take(running_mean_arg), &running_var = arguments.take(running_var_arg);
+  const Tensor &weight = arguments.take(weight_arg), &bias = arguments.take(bias_arg);
+  const Tensor& counter = arguments.take(num_batches_tracked_arg);
+  const bool recomputing = training && is_recomputing();
+  const ForwardArguments call{input,
+                              weight,
+                              bias,
+                              recomputing ? absent() : running_mean,
+                              recomputing ? absent() : running_var,
+                              recomputing ? absent() : counter,
+                              training,
+                              momentum,
+                              eps,
+                              skip_nonfinite};
+  if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   Tensor output;
   {
     const py::gil_scoped_release no_gil;
     RECORD_FUNCTION("batchnorm_ext::forward", c10::ArrayRef<const c10::IValue>());
-    if (at::GradMode::is_enabled() && (input->requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-      output = BatchNorm::apply(*input, weight, bias, call);
-    } else {
-      output = std::get<0>(bindings::forward(*input, weight, bias, call.running_mean, call.running_var,
-                                             call.num_batches_tracked, training, momentum, eps, skip_nonfinite));
-    }
+    output = needs_grad(input, weight, bias) ? BatchNorm::forward(call) : forward_call(call, {}, nullptr).output;
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
 }
 
-py::object fast_path_act(py::handle input_arg, py::handle residual_arg, py::handle running_mean, py::handle running_var,
-                         py::handle weight_arg, py::handle bias_arg, py::handle num_batches_tracked, bool training,
-                         std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
-                         double negative_slope, bool inplace) {
+py::object fast_path_act(py::handle input_arg, py::handle residual_arg, py::handle running_mean_arg,
+                         py::handle running_var_arg, py::handle weight_arg, py::handle bias_arg,
+                         py::handle num_batches_tracked_arg, bool training, std::optional<double> momentum, double eps,
+                         bool skip_nonfinite, std::string_view activation_name, double negative_slope, bool inplace) {
+  const auto activation = activation_of(activation_name);
+  if (!activation) return py::none();
   Arguments arguments;
-  const OptionalTensor input = arguments.take(input_arg), residual = arguments.take(residual_arg);
-  const OptionalTensor weight = arguments.take(weight_arg), bias = arguments.take(bias_arg);
-  const auto known_activation = activation_of(activation);
-  FusedSettings call{{arguments.take(running_mean), arguments.take(running_var), arguments.take(num_batches_tracked),
-                      training, momentum, eps, skip_nonfinite},
-                     known_activation.value_or(Activation::identity),
-                     activation,
-                     negative_slope,
-                     inplace};
-  if (!input || !arguments.plain() || !accepted(*input, call) || !known_activation) return py::none();
-  if (residual && !like(*residual, *input)) return py::none();
-  const bool needs_grad = at::GradMode::is_enabled() && (input->requires_grad() || requires_grad(residual) ||
-                                                         requires_grad(weight) || requires_grad(bias));
+  const Tensor &input = arguments.take(input_arg), &residual = arguments.take(residual_arg);
+  const Tensor &running_mean = arguments.take(running_mean_arg), &running_var = arguments.take(running_var_arg);
+  const Tensor &weight = arguments.take(weight_arg), &bias = arguments.take(bias_arg);
+  const Tensor& counter = arguments.take(num_batches_tracked_arg);
+  const bool recomputing = training && is_recomputing();
+  const ForwardArguments call{input,
+                              weight,
+                              bias,
+                              recomputing ? absent() : running_mean,
+                              recomputing ? absent() : running_var,
+                              recomputing ? absent() : counter,
+                              training,
+                              momentum,
+                              eps,
+                              skip_nonfinite};
+  if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
+  if (residual.defined() && !like(residual, input)) return py::none();
+  const bool recorded = needs_grad(input, residual, weight, bias);
   if (inplace &&
-      (!has_inverse(call.activation, negative_slope) || (needs_grad && input->requires_grad() && input->is_leaf()))) {
+      (!has_inverse(*activation, negative_slope) || (recorded && input.requires_grad() && input.is_leaf()))) {
     return py::none();
   }
-  leave_statistics_when_recomputing(call);
   Tensor output;
   {
     const py::gil_scoped_release no_gil;
     RECORD_FUNCTION("batchnorm_ext::forward_act", c10::ArrayRef<const c10::IValue>());
-    if (needs_grad) {
-      output = BatchNormAct::apply(*input, residual, weight, bias, call);
+    if (recorded) {
+      output = BatchNormAct::forward(call, {residual, *activation, activation_name, negative_slope, inplace});
     } else {
-      const bool in_place = inplace && may_overwrite(*input, residual, false);
-      const Fusion fusion{call.activation, negative_slope, residual, /*with_mask=*/false, in_place};
-      output = forward_call(*input, weight, bias, call.running_mean, call.running_var, call.num_batches_tracked,
-                            training, momentum, eps, skip_nonfinite, &fusion)
-                   .output;
-      if (in_place) UpdatedBuffer(*input).publish();
+      const bool in_place = inplace && may_overwrite(input, residual, false);
+      const Fusion fusion{*activation, negative_slope, residual, /*with_mask=*/false, in_place};
+      output = forward_call(call, {}, &fusion).output;
+      if (in_place) UpdatedBuffer(input).publish();
     }
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));

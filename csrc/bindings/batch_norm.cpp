@@ -2,7 +2,6 @@
 #include "bindings/batch_norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 
 #include <utility>
 
@@ -10,55 +9,54 @@
 
 namespace batchnorm_ext::bindings {
 
-Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
-                        const OptionalTensor& running_mean_arg, const OptionalTensor& running_var_arg,
-                        const OptionalTensor& counter_arg, bool training, std::optional<double> momentum, double eps,
-                        bool skip_nonfinite, const Fusion* fusion) {
+Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, const Fusion* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t channels = channels_of(input);
+  const Tensor &input = call.input, &running_mean = call.running_mean, &running_var = call.running_var;
+  const Tensor& counter = call.num_batches_tracked;
+  const bool training = call.training;
+  channels_of(input);
   const DType dtype = dtype_of(input.scalar_type());
   check_device(input);
-  const Tensor running_mean = checked_channel_vector("running_mean", running_mean_arg, input);
-  const Tensor running_var = checked_channel_vector("running_var", running_var_arg, input);
-  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, input));
-  const Tensor bias = contiguous_or_undefined(checked_channel_vector("bias", bias_arg, input));
-  const Tensor counter = checked_counter(counter_arg, input);
+  check_channel_vector("running_mean", running_mean, input);
+  check_channel_vector("running_var", running_var, input);
+  check_channel_vector("weight", call.weight, input);
+  check_channel_vector("bias", call.bias, input);
+  check_counter(counter, input);
   if (training) {
     check_written("running_mean", running_mean);
     check_written("running_var", running_var);
   }
   TORCH_CHECK(training || running_mean.defined(), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(training || running_var.defined(), "running_var must be defined in evaluation mode");
-  TORCH_CHECK(momentum.has_value() || !training || !running_mean.defined() || counter.defined(),
+  TORCH_CHECK(call.momentum.has_value() || !training || !running_mean.defined() || counter.defined(),
               "momentum=None needs num_batches_tracked");
 
   const Tensor x = dense(input);
   const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
-  const Tensor y = fusion != nullptr && fusion->in_place ? x : at::empty_like(x);
-  const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
-  const Tensor mean = at::empty({channels}, statistics);
-  const Tensor inv_std = at::empty({channels}, statistics);
+  const auto weight = compact(call.weight), bias = compact(call.bias);
   const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
+  Normalized result;
+  result.output = fusion != nullptr && fusion->in_place ? x : empty_like_dense(x);
 
   ForwardParams params;
   params.shape = shape_of(x);
   params.dtype = dtype;
-  params.y = y.mutable_data_ptr();  // first: it may move the memory, which may be x's
+  params.y = result.output.mutable_data_ptr();  // first: it may move the memory, which may be x's
   params.x = x.const_data_ptr();
-  params.weight = channel_vector(weight);
-  params.bias = channel_vector(bias);
+  params.weight = channel_vector(*weight);
+  params.bias = channel_vector(*bias);
   params.running.mean = mutable_channel_vector(updated_mean.compact());
   params.running.variance = mutable_channel_vector(updated_var.compact());
   params.running.num_batches_tracked = training && counter.defined() ? counter.mutable_data_ptr<int64_t>() : nullptr;
-  params.running.momentum = momentum.value_or(0.0);
-  params.running.cumulative = !momentum.has_value();
-  params.running.skip_nonfinite = skip_nonfinite;
-  params.eps = eps;
+  params.running.momentum = call.momentum.value_or(0.0);
+  params.running.cumulative = !call.momentum.has_value();
+  params.running.skip_nonfinite = call.skip_nonfinite;
+  params.eps = call.eps;
   params.batch_statistics = training;
-  params.mean = mean.mutable_data_ptr();
-  params.inv_std = inv_std.mutable_data_ptr();
-  ShiftAndMask saved;
-  if (fusion != nullptr) saved = fuse(params, *fusion, residual, mean);
+  params.mean = kept.mean;
+  params.inv_std = kept.inv_std;
+  params.shift = kept.shift;
+  if (fusion != nullptr) result.mask = fuse(params, *fusion, residual, x);
   run(params, x);
 
   if (training) {
@@ -66,54 +64,59 @@ Normalized forward_call(const Tensor& input, const OptionalTensor& weight_arg, c
     updated_var.publish();
     UpdatedBuffer(counter).publish();
   }
-  return {y, mean, inv_std, saved.shift, saved.mask};
+  return result;
 }
 
-Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight_arg,
-                        const Tensor& mean, const Tensor& inv_std, bool training, bool need_dx,
-                        std::optional<at::ScalarType> dweight_dtype, std::optional<at::ScalarType> dbias_dtype,
-                        const FusedBackward* fusion) {
+SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output) {
+  check_saved("statistics", statistics, {rows, channels_of(grad_output)}, grad_output);
+  const char* const first = static_cast<const char*>(statistics.const_data_ptr());
+  const int64_t row = statistics.size(1) * static_cast<int64_t>(statistics.element_size());
+  return {first, first + row, rows > 2 ? first + 2 * row : nullptr};
+}
+
+Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor &grad_output = call.grad_output, &input = call.input;
   const int64_t channels = channels_of(grad_output);
   const DType dtype = dtype_of(grad_output.scalar_type());
   check_device(grad_output);
-  const bool need_deviation = dweight_dtype.has_value() || (training && need_dx);
+  const bool need_deviation = call.dweight_dtype.has_value() || (call.training && call.need_dx);
   const bool need_u = fusion != nullptr && fusion->need_u();
   const bool need_x = need_deviation || need_u;
-  TORCH_CHECK(!need_x || input.has_value(), "input is needed for the gradients asked for");
-  if (need_x) check_like_input("grad_output", grad_output, *input);
-  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
-  check_saved("mean", mean, grad_output);
-  check_saved("inv_std", inv_std, grad_output);
+  TORCH_CHECK(!need_x || input.defined(), "input is needed for the gradients asked for");
+  if (need_x) check_like_input("grad_output", grad_output, input);
+  check_channel_vector("weight", call.weight, grad_output);
   TORCH_CHECK(fusion == nullptr || need_x || static_cast<int64_t>(fusion->strides.size()) == grad_output.dim(),
               "strides must be those of the output");
 
-  const Tensor x = need_x ? dense(*input) : Tensor();
+  const Tensor x = need_x ? dense(input) : Tensor();
   const Tensor dy = need_x              ? dense_as(grad_output, x)
                     : fusion != nullptr ? dense(strided_as(grad_output, fusion->strides))
                                         : dense(grad_output);
-  const auto vector_options = [&](at::ScalarType type) { return grad_output.options().dtype(type); };
-  const Tensor dx = need_dx ? at::empty_like(dy) : Tensor();
-  const Tensor dweight = dweight_dtype ? at::empty({channels}, vector_options(*dweight_dtype)) : Tensor();
-  const Tensor dbias = dbias_dtype ? at::empty({channels}, vector_options(*dbias_dtype)) : Tensor();
   const Tensor residual = need_u ? checked_residual(fusion->residual, x) : Tensor();
-  const Tensor dresidual = fusion != nullptr && fusion->need_dresidual ? at::empty_like(dy) : Tensor();
+  const auto weight = compact(call.weight);
+  Gradients result;
+  if (call.need_dx) result.dx = empty_like_dense(dy);
+  if (fusion != nullptr && fusion->need_dresidual) result.dresidual = empty_like_dense(dy);
+  if (call.dweight_dtype) result.dweight = empty_beside(dy, {channels}, *call.dweight_dtype);
+  if (call.dbias_dtype) result.dbias = empty_beside(dy, {channels}, *call.dbias_dtype);
 
   BackwardParams params;
   params.shape = shape_of(dy);
   params.dtype = dtype;
   params.dy = dy.const_data_ptr();
   params.x = need_x ? x.const_data_ptr() : nullptr;
-  params.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  params.weight = channel_vector(weight);
-  params.mean = mean.const_data_ptr();
-  params.inv_std = inv_std.const_data_ptr();
-  params.dweight = mutable_channel_vector(dweight);
-  params.dbias = mutable_channel_vector(dbias);
-  params.batch_statistics = training;
-  if (fusion != nullptr) fuse(params, *fusion, residual, dresidual, dy);
+  params.dx = call.need_dx ? result.dx.mutable_data_ptr() : nullptr;
+  params.weight = channel_vector(*weight);
+  params.mean = call.saved.mean;
+  params.inv_std = call.saved.inv_std;
+  params.shift = call.saved.shift;
+  params.dweight = mutable_channel_vector(result.dweight);
+  params.dbias = mutable_channel_vector(result.dbias);
+  params.batch_statistics = call.training;
+  if (fusion != nullptr) fuse(params, *fusion, residual, result.dresidual, dy);
   run(params, dy);
-  return {dx, dresidual, dweight, dbias};
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
@@ -121,9 +124,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
                                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                            bool training, std::optional<double> momentum, double eps,
                                            bool skip_nonfinite) {
-  auto result = forward_call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-                             eps, skip_nonfinite, nullptr);
-  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std)};
+  Tensor mean = empty_statistic(input), inv_std = empty_statistic(input);
+  const ForwardArguments call{input,
+                              or_undefined(weight),
+                              or_undefined(bias),
+                              or_undefined(running_mean),
+                              or_undefined(running_var),
+                              or_undefined(num_batches_tracked),
+                              training,
+                              momentum,
+                              eps,
+                              skip_nonfinite};
+  auto result = forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr()}, nullptr);
+  return {std::move(result.output), std::move(mean), std::move(inv_std)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
@@ -131,19 +144,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
     double negative_slope, bool with_mask) {
-  const Fusion fusion{checked_activation(activation), negative_slope, residual, with_mask};
-  auto result = forward_call(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-                             eps, skip_nonfinite, &fusion);
-  return {std::move(result.output), std::move(result.mean), std::move(result.inv_std), std::move(result.shift),
-          std::move(result.mask)};
+  const Fusion fusion{checked_activation(activation), negative_slope, or_undefined(residual), with_mask};
+  Tensor mean = empty_statistic(input), inv_std = empty_statistic(input), shift = empty_statistic(input);
+  const ForwardArguments call{input,
+                              or_undefined(weight),
+                              or_undefined(bias),
+                              or_undefined(running_mean),
+                              or_undefined(running_var),
+                              or_undefined(num_batches_tracked),
+                              training,
+                              momentum,
+                              eps,
+                              skip_nonfinite};
+  auto result =
+      forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr(), shift.mutable_data_ptr()}, &fusion);
+  return {std::move(result.output), std::move(mean), std::move(inv_std), std::move(shift), std::move(result.mask)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,
                                             const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std,
                                             bool training, bool need_dx, std::optional<at::ScalarType> dweight_dtype,
                                             std::optional<at::ScalarType> dbias_dtype) {
-  auto result =
-      backward_call(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype, nullptr);
+  const SavedVectors saved{saved_vector("mean", mean, grad_output), saved_vector("inv_std", inv_std, grad_output),
+                           nullptr};
+  auto result = backward_call(
+      {grad_output, or_undefined(input), or_undefined(weight), saved, training, need_dx, dweight_dtype, dbias_dtype},
+      nullptr);
   return {std::move(result.dx), std::move(result.dweight), std::move(result.dbias)};
 }
 
@@ -155,10 +181,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_act(const Tensor& grad_outpu
                                                         std::optional<at::ScalarType> dweight_dtype,
                                                         std::optional<at::ScalarType> dbias_dtype,
                                                         std::string_view activation, double negative_slope) {
-  const FusedBackward fusion{
-      checked_activation(activation), negative_slope, residual, shift, mask, strides, need_dresidual};
-  auto result =
-      backward_call(grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype, &fusion);
+  const FusedBackward fusion{checked_activation(activation),
+                             negative_slope,
+                             or_undefined(residual),
+                             or_undefined(mask),
+                             strides,
+                             need_dresidual};
+  const SavedVectors saved{saved_vector("mean", mean, grad_output), saved_vector("inv_std", inv_std, grad_output),
+                           saved_vector("shift", shift, grad_output)};
+  auto result = backward_call(
+      {grad_output, or_undefined(input), or_undefined(weight), saved, training, need_dx, dweight_dtype, dbias_dtype},
+      &fusion);
   return {std::move(result.dx), std::move(result.dresidual), std::move(result.dweight), std::move(result.dbias)};
 }
 

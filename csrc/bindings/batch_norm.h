@@ -10,26 +10,56 @@
 
 namespace batchnorm_ext::bindings {
 
-// Results of forward; those that were not asked for are undefined.
+// Where forward leaves what backward knows of the batch besides tensors: vectors of one value a channel, in the type
+// that sums are kept in. Null: not wanted.
+struct KeptVectors {
+  void *mean = nullptr, *inv_std = nullptr, *shift = nullptr;
+};
+
+// They are rows of one tensor: {mean, inv_std}, and of fused calls shift.
+inline KeptVectors rows_to_keep(const Tensor& statistics) {
+  if (!statistics.defined()) return {};
+  char* const first = static_cast<char*>(statistics.mutable_data_ptr());
+  const int64_t row = statistics.size(1) * static_cast<int64_t>(statistics.element_size());
+  return {first, first + row, statistics.size(0) > 2 ? first + 2 * row : nullptr};
+}
+
+struct ForwardArguments {
+  const Tensor &input, &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  bool skip_nonfinite;
+};
+
+// The mask is undefined where it was not asked for.
 struct Normalized {
-  Tensor output, mean, inv_std, shift, mask;
+  Tensor output, mask;
 };
 
 // Normalises input; in training also updates the running statistics. Without a fusion, plain batch norm.
-Normalized forward_call(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                        const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                        double eps, bool skip_nonfinite, const Fusion* fusion);
+Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, const Fusion* fusion);
+
+struct SavedVectors {
+  const void *mean, *inv_std, *shift;
+};
+
+SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output);
+
+struct BackwardArguments {
+  const Tensor &grad_output, &input, &weight;
+  SavedVectors saved;
+  bool training;
+  bool need_dx;
+  std::optional<at::ScalarType> dweight_dtype, dbias_dtype;
+};
 
 // Gradients of forward; those that were not asked for are undefined.
 struct Gradients {
   Tensor dx, dresidual, dweight, dbias;
 };
 
-Gradients backward_call(const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-                        const Tensor& mean, const Tensor& inv_std, bool training, bool need_dx,
-                        std::optional<at::ScalarType> dweight_dtype, std::optional<at::ScalarType> dbias_dtype,
-                        const FusedBackward* fusion);
+Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusion);
 
 // ---- as Python and the dispatcher see them ----
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <string_view>
@@ -40,66 +39,54 @@ inline bool has_one_bit_derivative(Activation activation) {
 
 // What a forward call is asked for beyond batch norm: y = activation(batch_norm(x) + residual).
 struct Fusion {
-  Activation activation = Activation::identity;
-  double negative_slope = 0.0;
-  OptionalTensor residual;
+  Activation activation;
+  double negative_slope;
+  const Tensor& residual;
   bool with_mask = false;
   bool in_place = false;  // the output takes the memory of the input, which is dense
 };
 
 // What forward left of a fused call, and what its backward is asked for beyond batch norm's gradients.
 struct FusedBackward {
-  Activation activation = Activation::identity;
-  double negative_slope = 0.0;
-  OptionalTensor residual;
-  Tensor shift;
-  OptionalTensor mask;      // serves instead of input, residual and weight for the activation's derivative
+  Activation activation;
+  double negative_slope;
+  const Tensor& residual;
+  const Tensor& mask;       // serves instead of input, residual and weight for the activation's derivative
   at::IntArrayRef strides;  // of the output
   bool need_dresidual = false;
   bool input_is_output = false;  // the call was in place: input is inverted
 
   // Whether the derivative follows from the input.
-  bool need_u() const { return activation != Activation::identity && !mask.has_value(); }
+  bool need_u() const { return activation != Activation::identity && !mask.defined(); }
 };
 
 // In the memory order of x.
-inline Tensor checked_residual(const OptionalTensor& residual, const Tensor& x) {
-  if (!residual.has_value()) return {};
-  check_like_input("residual", *residual, x);
-  return dense_as(*residual, x);
+inline Tensor checked_residual(const Tensor& residual, const Tensor& x) {
+  if (!residual.defined()) return {};
+  check_like_input("residual", residual, x);
+  return dense_as(residual, x);
 }
 
 inline Epilogue epilogue_of(Activation activation, double negative_slope, const Tensor& residual) {
   return {activation, negative_slope, residual.defined() ? residual.const_data_ptr() : nullptr};
 }
 
-// What forward computes for backward besides the statistics.
-struct ShiftAndMask {
-  Tensor shift, mask;
-};
-
-// `residual` is checked_residual, and lives as long as the params.
-inline ShiftAndMask fuse(ForwardParams& params, const Fusion& fusion, const Tensor& residual, const Tensor& mean) {
-  ShiftAndMask saved;
-  saved.shift = at::empty_like(mean);
-  params.shift = saved.shift.mutable_data_ptr();
+// Returns the mask. `residual` is checked_residual, and lives as long as the params.
+inline Tensor fuse(ForwardParams& params, const Fusion& fusion, const Tensor& residual, const Tensor& x) {
   params.epilogue = epilogue_of(fusion.activation, fusion.negative_slope, residual);
-  if (fusion.with_mask) {
-    saved.mask = at::empty({mask_bytes(params.shape)}, mean.options().dtype(at::kByte));
-    params.mask = saved.mask.mutable_data_ptr<uint8_t>();
-  }
-  return saved;
+  if (!fusion.with_mask) return {};
+  Tensor mask = empty_beside(x, {mask_bytes(params.shape)}, at::kByte);
+  params.mask = mask.mutable_data_ptr<uint8_t>();
+  return mask;
 }
 
 inline void fuse(BackwardParams& params, const FusedBackward& fusion, const Tensor& residual, const Tensor& dresidual,
                  const Tensor& dy) {
-  check_saved("shift", fusion.shift, dy);
   params.epilogue = epilogue_of(fusion.activation, fusion.negative_slope, residual);
-  params.shift = fusion.shift.const_data_ptr();
   params.x_is_output = fusion.input_is_output;
   params.dresidual = dresidual.defined() ? dresidual.mutable_data_ptr() : nullptr;
-  if (!fusion.mask.has_value()) return;
-  const Tensor& mask = *fusion.mask;
+  const Tensor& mask = fusion.mask;
+  if (!mask.defined()) return;
   const int64_t bytes = mask_bytes(params.shape);
   TORCH_CHECK(has_one_bit_derivative(fusion.activation), "only relu, relu6 and leaky_relu have a mask");
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.numel() == bytes && mask.is_contiguous() &&

@@ -23,9 +23,9 @@ inline bool has_inverse(Activation activation, double negative_slope) {
 
 // Strided inputs are computed from a compact copy; a residual in the same memory is read while the output is written;
 // the gradient of a view's base would have to be split.
-inline bool may_overwrite(const Tensor& input, const OptionalTensor& residual, bool needs_grad) {
+inline bool may_overwrite(const Tensor& input, const Tensor& residual, bool needs_grad) {
   return input.is_non_overlapping_and_dense() && !(needs_grad && input.is_view()) &&
-         !(residual.has_value() && residual->is_alias_of(input));
+         !(residual.defined() && residual.is_alias_of(input));
 }
 
 // How many times larger than the rounding of y, relative to u, the error of a deviation in units of the standard
@@ -36,8 +36,8 @@ constexpr double largest_amplification = 4.0;
 //   y = activation(u),  u = weight * xhat + bias,  |xhat| <= sqrt(samples - 1) in training
 // a rounding of y is one of u, times 1 / activation'(u) for elu, and |u / weight| <= |xhat| + |bias / weight| of xhat.
 // Reading the parameters makes the host wait for a GPU, which a graph's capture does not allow.
-inline bool is_invertible(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                          Activation activation, double negative_slope, bool training) {
+inline bool is_invertible(const Tensor& input, const Tensor& weight, const Tensor& bias, Activation activation,
+                          double negative_slope, bool training) {
   if (input.scalar_type() != at::kFloat && input.scalar_type() != at::kDouble) return false;
   if (activation == Activation::elu && !training) return false;
   const bool wide = input.scalar_type() == at::kDouble;
@@ -52,9 +52,7 @@ inline bool is_invertible(const Tensor& input, const OptionalTensor& weight, con
     return false;
   }
 #endif
-  const auto on_host = [](const OptionalTensor& vector) {
-    return contiguous_or_undefined(vector.has_value() ? vector->cpu() : Tensor());
-  };
+  const auto on_host = [](const Tensor& vector) { return vector.defined() ? vector.cpu().contiguous() : vector; };
   const Tensor weights = on_host(weight), biases = on_host(bias);
   const ChannelVector weight_of = channel_vector(weights), bias_of = channel_vector(biases);
   const int64_t channels = input.size(1);

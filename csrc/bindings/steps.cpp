@@ -21,13 +21,15 @@ void check_float64(const char* name, const Tensor& vector, int64_t values, const
               vector.sizes(), " of type ", c10::toString(vector.scalar_type()), " on ", vector.device());
 }
 
-Tensor checked_running_vector(const char* name, const OptionalTensor& vector, int64_t channels, const Tensor& records) {
-  if (!vector.has_value() || !vector->defined()) return {};
-  TORCH_CHECK(vector->dim() == 1 && vector->numel() == channels, name, " should contain ", channels, " elements not ",
-              vector->numel());
-  TORCH_CHECK(vector->device() == records.device(), name, " must be on ", records.device(), ", got ", vector->device());
-  check_written(name, *vector);
-  return *vector;
+const Tensor& checked_running_vector(const char* name, const OptionalTensor& argument, int64_t channels,
+                                     const Tensor& records) {
+  const Tensor& vector = or_undefined(argument);
+  if (!vector.defined()) return vector;
+  TORCH_CHECK(vector.dim() == 1 && vector.numel() == channels, name, " should contain ", channels, " elements not ",
+              vector.numel());
+  TORCH_CHECK(vector.device() == records.device(), name, " must be on ", records.device(), ", got ", vector.device());
+  check_written(name, vector);
+  return vector;
 }
 
 }  // namespace
@@ -71,7 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, co
   const int64_t channels = (records.size(1) - record_header) / 2;
   const UpdatedBuffer running_mean(checked_running_vector("running_mean", running_mean_arg, channels, records));
   const UpdatedBuffer running_var(checked_running_vector("running_var", running_var_arg, channels, records));
-  const Tensor counter = checked_counter(counter_arg, records);
+  const Tensor& counter = or_undefined(counter_arg);
+  check_counter(counter, records);
   TORCH_CHECK(momentum.has_value() || !running_mean.compact().defined() || counter.defined(),
               "momentum=None needs num_batches_tracked");
 
@@ -100,53 +103,57 @@ std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, co
 
 namespace {
 
-Normalized normalize_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
-                          const Tensor& joined_mean, const Tensor& joined_variance, double eps, const Fusion* fusion) {
+struct JoinedNormalized {
+  Tensor output, mean, inv_std, shift, mask;
+};
+
+JoinedNormalized normalize_call(const Tensor& input, const OptionalTensor& weight_arg, const OptionalTensor& bias_arg,
+                                const Tensor& joined_mean, const Tensor& joined_variance, double eps,
+                                const Fusion* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(input);
   const DType dtype = dtype_of(input.scalar_type());
   check_device(input);
-  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, input));
-  const Tensor bias = contiguous_or_undefined(checked_channel_vector("bias", bias_arg, input));
+  check_channel_vector("weight", or_undefined(weight_arg), input);
+  check_channel_vector("bias", or_undefined(bias_arg), input);
   check_float64("mean", joined_mean, channels, input);
   check_float64("variance", joined_variance, channels, input);
 
   const Tensor x = dense(input);
   const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
-  const Tensor y = at::empty_like(x);
-  const auto statistics = input.options().dtype(accumulate_type(input.scalar_type()));
-  const Tensor mean = at::empty({channels}, statistics);
-  const Tensor inv_std = at::empty({channels}, statistics);
+  const auto weight = compact(or_undefined(weight_arg)), bias = compact(or_undefined(bias_arg));
+  JoinedNormalized result{empty_like_dense(x), empty_statistic(x), empty_statistic(x)};
   ForwardParams params{};
   params.shape = shape_of(x);
   params.dtype = dtype;
   params.x = x.const_data_ptr();
-  params.y = y.mutable_data_ptr();
-  params.weight = channel_vector(weight);
-  params.bias = channel_vector(bias);
+  params.y = result.output.mutable_data_ptr();
+  params.weight = channel_vector(*weight);
+  params.bias = channel_vector(*bias);
   params.running.mean = {const_cast<void*>(joined_mean.const_data_ptr()), DType::float64};
   params.running.variance = {const_cast<void*>(joined_variance.const_data_ptr()), DType::float64};
   params.eps = eps;
   params.batch_statistics = false;
-  params.mean = mean.mutable_data_ptr();
-  params.inv_std = inv_std.mutable_data_ptr();
-  ShiftAndMask saved;
-  if (fusion != nullptr) saved = fuse(params, *fusion, residual, mean);
+  params.mean = result.mean.mutable_data_ptr();
+  params.inv_std = result.inv_std.mutable_data_ptr();
+  if (fusion != nullptr) {
+    result.shift = empty_statistic(x);
+    params.shift = result.shift.mutable_data_ptr();
+    result.mask = fuse(params, *fusion, residual, x);
+  }
   run(params, x);
-  return {y, mean, inv_std, saved.shift, saved.mask};
+  return result;
 }
 
 Tensor input_gradient_call(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight_arg,
-                           const Tensor& mean, const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
+                           const SavedVectors& saved, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
                            const Tensor& count, const FusedBackward* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t channels = channels_of(grad_output);
   const DType dtype = dtype_of(grad_output.scalar_type());
   check_device(grad_output);
   check_like_input("grad_output", grad_output, input);
-  check_saved("mean", mean, grad_output);
-  check_saved("inv_std", inv_std, grad_output);
-  const Tensor weight = contiguous_or_undefined(checked_channel_vector("weight", weight_arg, grad_output));
+  check_channel_vector("weight", or_undefined(weight_arg), grad_output);
   check_float64("sum_dy", sum_dy, channels, grad_output);
   check_float64("sum_dy_xhat", sum_dy_xhat, channels, grad_output);
   check_float64("count", count, 1, grad_output);
@@ -154,16 +161,18 @@ Tensor input_gradient_call(const Tensor& grad_output, const Tensor& input, const
   const Tensor x = dense(input);
   const Tensor dy = dense_as(grad_output, x);
   const Tensor residual = fusion != nullptr && fusion->need_u() ? checked_residual(fusion->residual, x) : Tensor();
-  const Tensor dx = at::empty_like(dy);
+  const auto weight = compact(or_undefined(weight_arg));
+  Tensor dx = empty_like_dense(dy);
   BackwardParams params{};
   params.shape = shape_of(dy);
   params.dtype = dtype;
   params.dy = dy.const_data_ptr();
   params.x = x.const_data_ptr();
   params.dx = dx.mutable_data_ptr();
-  params.weight = channel_vector(weight);
-  params.mean = mean.const_data_ptr();
-  params.inv_std = inv_std.const_data_ptr();
+  params.weight = channel_vector(*weight);
+  params.mean = saved.mean;
+  params.inv_std = saved.inv_std;
+  params.shift = saved.shift;
   params.batch_statistics = true;
   params.joined = {sum_dy.const_data_ptr<double>(), sum_dy_xhat.const_data_ptr<double>(),
                    count.const_data_ptr<double>()};
@@ -187,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_act(const Tensor& i
                                                                  const Tensor& variance, double eps,
                                                                  std::string_view activation, double negative_slope,
                                                                  bool with_mask) {
-  const Fusion fusion{checked_activation(activation), negative_slope, residual, with_mask};
+  const Fusion fusion{checked_activation(activation), negative_slope, or_undefined(residual), with_mask};
   auto result = normalize_call(input, weight, bias, mean, variance, eps, &fusion);
   return {std::move(result.output), std::move(result.mean), std::move(result.inv_std), std::move(result.shift),
           std::move(result.mask)};
@@ -195,15 +204,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_act(const Tensor& i
 
 Tensor input_gradient(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& mean,
                       const Tensor& inv_std, const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Tensor& count) {
-  return input_gradient_call(grad_output, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count, nullptr);
+  const SavedVectors saved{saved_vector("mean", mean, grad_output), saved_vector("inv_std", inv_std, grad_output),
+                           nullptr};
+  return input_gradient_call(grad_output, input, weight, saved, sum_dy, sum_dy_xhat, count, nullptr);
 }
 
 Tensor input_gradient_act(const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const Tensor& mean, const Tensor& inv_std, const Tensor& shift,
                           const OptionalTensor& mask, const Tensor& sum_dy, const Tensor& sum_dy_xhat,
                           const Tensor& count, std::string_view activation, double negative_slope) {
-  const FusedBackward fusion{checked_activation(activation), negative_slope, residual, shift, mask};
-  return input_gradient_call(grad_output, input, weight, mean, inv_std, sum_dy, sum_dy_xhat, count, &fusion);
+  const FusedBackward fusion{checked_activation(activation), negative_slope, or_undefined(residual), or_undefined(mask),
+                             /*strides=*/{}};
+  const SavedVectors saved{saved_vector("mean", mean, grad_output), saved_vector("inv_std", inv_std, grad_output),
+                           saved_vector("shift", shift, grad_output)};
+  return input_gradient_call(grad_output, input, weight, saved, sum_dy, sum_dy_xhat, count, &fusion);
 }
 
 void define_steps(pybind11::module_& module) {

@@ -1,11 +1,13 @@
 // Checks arguments and turns tensors into the core's params: dense layouts, per-channel vectors, running statistics.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/util/MaybeOwned.h>
 
 #include <optional>
 
@@ -15,6 +17,20 @@ namespace batchnorm_ext::bindings {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Inside the bindings an absent tensor is an undefined one.
+inline const Tensor& absent() {
+  static const Tensor undefined;
+  return undefined;
+}
+
+inline const Tensor& or_undefined(const OptionalTensor& tensor) {
+  return tensor.has_value() ? *tensor : absent();
+}
+
+inline OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 
 inline DType dtype_of(at::ScalarType type) {
   switch (type) {
@@ -69,21 +85,41 @@ inline Shape shape_of(const Tensor& dense_input) {
   return {elements / (channels * inner), channels, inner};
 }
 
-// A per-channel argument, checked: one value per channel, on the input's device, in the input's type or the type that
-// sums are kept in. Empty when absent.
-inline Tensor checked_channel_vector(const char* name, const OptionalTensor& vector, const Tensor& input) {
-  if (!vector.has_value() || !vector->defined()) return {};
+// An uninitialised tensor in the memory order of `dense_input`. On the CPU not by way of torch's dispatcher, which
+// takes longer than a small batch norm.
+inline Tensor empty_like_dense(const Tensor& dense_input) {
+  if (!dense_input.is_cpu()) return at::empty_like(dense_input);
+  return at::detail::empty_strided_cpu(dense_input.sizes(), dense_input.strides(), dense_input.scalar_type());
+}
+
+// The same of any shape, contiguous, on the device of `input`.
+inline Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, at::ScalarType type) {
+  if (!input.is_cpu()) return at::empty(sizes, input.options().dtype(type));
+  return at::detail::empty_cpu(sizes, type);
+}
+
+// One value a channel, in the type that sums are kept in, and rows of them.
+inline Tensor empty_statistic(const Tensor& input) {
+  return empty_beside(input, {channels_of(input)}, accumulate_type(input.scalar_type()));
+}
+inline Tensor empty_statistics(const Tensor& input, int64_t rows) {
+  return empty_beside(input, {rows, channels_of(input)}, accumulate_type(input.scalar_type()));
+}
+
+// A per-channel argument: absent, or one value per channel, on the input's device, in the input's type or the type that
+// sums are kept in.
+inline void check_channel_vector(const char* name, const Tensor& vector, const Tensor& input) {
+  if (!vector.defined()) return;
   const int64_t channels = input.size(1);
-  TORCH_CHECK(vector->numel() == channels, name, " should contain ", channels, " elements not ", vector->numel());
-  TORCH_CHECK(vector->dim() == 1, name, " must have shape [", channels, "] (channels of input), got ", vector->sizes());
-  TORCH_CHECK(vector->device() == input.device(), name, " must be on ", input.device(), " (the device of input), got ",
-              vector->device());
+  TORCH_CHECK(vector.numel() == channels, name, " should contain ", channels, " elements not ", vector.numel());
+  TORCH_CHECK(vector.dim() == 1, name, " must have shape [", channels, "] (channels of input), got ", vector.sizes());
+  TORCH_CHECK(vector.device() == input.device(), name, " must be on ", input.device(), " (the device of input), got ",
+              vector.device());
   const at::ScalarType accumulate = accumulate_type(input.scalar_type());
-  TORCH_CHECK(vector->scalar_type() == input.scalar_type() || vector->scalar_type() == accumulate, "mixed dtype (",
+  TORCH_CHECK(vector.scalar_type() == input.scalar_type() || vector.scalar_type() == accumulate, "mixed dtype (",
               input.is_cuda() ? "CUDA" : "CPU", "): expect parameter to have scalar type of ",
-              c10::toString(accumulate), ", but ", name, " has ", c10::toString(vector->scalar_type()),
+              c10::toString(accumulate), ", but ", name, " has ", c10::toString(vector.scalar_type()),
               " for an input of ", c10::toString(input.scalar_type()));
-  return *vector;
 }
 
 // A buffer about to be updated. An expanded one would keep what the last channel left.
@@ -93,14 +129,13 @@ inline void check_written(const char* name, const Tensor& buffer) {
               "; clone() it");
 }
 
-inline Tensor checked_counter(const OptionalTensor& counter, const Tensor& input) {
-  if (!counter.has_value() || !counter->defined()) return {};
-  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
-              "num_batches_tracked must be one value of type Long, got shape ", counter->sizes(), " of type ",
-              c10::toString(counter->scalar_type()));
-  TORCH_CHECK(counter->device() == input.device(), "num_batches_tracked must be on ", input.device(),
-              " (the device of input), got ", counter->device());
-  return *counter;
+inline void check_counter(const Tensor& counter, const Tensor& input) {
+  if (!counter.defined()) return;
+  TORCH_CHECK(counter.scalar_type() == at::kLong && counter.numel() == 1,
+              "num_batches_tracked must be one value of type Long, got shape ", counter.sizes(), " of type ",
+              c10::toString(counter.scalar_type()));
+  TORCH_CHECK(counter.device() == input.device(), "num_batches_tracked must be on ", input.device(),
+              " (the device of input), got ", counter.device());
 }
 
 // grad_output or a residual: of the input's shape, dtype and device.
@@ -113,14 +148,18 @@ inline void check_like_input(const char* name, const Tensor& tensor, const Tenso
               tensor.device());
 }
 
-// A vector as forward returned it.
-inline void check_saved(const char* name, const Tensor& saved, const Tensor& grad_output) {
-  const int64_t channels = grad_output.size(1);
+// Rows of one value a channel, or one such vector, as forward returned them.
+inline void check_saved(const char* name, const Tensor& saved, at::IntArrayRef sizes, const Tensor& grad_output) {
   const at::ScalarType accumulate = accumulate_type(grad_output.scalar_type());
-  TORCH_CHECK(saved.dim() == 1 && saved.numel() == channels && saved.is_contiguous() &&
-                  saved.scalar_type() == accumulate && saved.device() == grad_output.device(),
-              name, " must be what forward returned: contiguous ", c10::toString(accumulate), " of shape [", channels,
-              "] on ", grad_output.device());
+  TORCH_CHECK(saved.sizes() == sizes && saved.is_contiguous() && saved.scalar_type() == accumulate &&
+                  saved.device() == grad_output.device(),
+              name, " must be what forward returned: contiguous ", c10::toString(accumulate), " of shape ", sizes,
+              " on ", grad_output.device());
+}
+
+inline const void* saved_vector(const char* name, const Tensor& saved, const Tensor& grad_output) {
+  check_saved(name, saved, {channels_of(grad_output)}, grad_output);
+  return saved.const_data_ptr();
 }
 
 inline ChannelVector channel_vector(const Tensor& contiguous) {
@@ -133,8 +172,9 @@ inline MutableChannelVector mutable_channel_vector(const Tensor& contiguous) {
   return {contiguous.mutable_data_ptr(), dtype_of(contiguous.scalar_type())};
 }
 
-inline Tensor contiguous_or_undefined(const Tensor& tensor) {
-  return tensor.defined() ? tensor.contiguous() : tensor;
+// The tensor itself where it is compact or absent.
+inline c10::MaybeOwned<Tensor> compact(const Tensor& tensor) {
+  return tensor.defined() ? tensor.expect_contiguous() : c10::MaybeOwned<Tensor>::borrowed(tensor);
 }
 
 // Operator results are always defined: what was not asked for comes back with no elements.
@@ -145,22 +185,23 @@ void define(const Tensor& like, Results&... results) {
   }
 }
 
-// A buffer that a kernel updates in place: strided buffers are written through a compact copy, and autograd learns of
-// the write.
+// A buffer that a kernel updates in place and that lives as long: strided buffers are written through a compact copy,
+// and autograd learns of the write.
 class UpdatedBuffer {
  public:
-  explicit UpdatedBuffer(Tensor buffer) : buffer_(std::move(buffer)), compact_(contiguous_or_undefined(buffer_)) {}
+  explicit UpdatedBuffer(const Tensor& buffer) : buffer_(buffer), compact_(bindings::compact(buffer)) {}
 
-  const Tensor& compact() const { return compact_; }
+  const Tensor& compact() const { return *compact_; }
 
   void publish() const {
     if (!buffer_.defined()) return;
-    if (!compact_.is_same(buffer_)) buffer_.copy_(compact_);
+    if (!compact_->is_same(buffer_)) buffer_.copy_(*compact_);
     if (!buffer_.is_inference()) buffer_.unsafeGetTensorImpl()->bump_version();
   }
 
  private:
-  Tensor buffer_, compact_;
+  const Tensor& buffer_;
+  c10::MaybeOwned<Tensor> compact_;
 };
 
 }  // namespace batchnorm_ext::bindings
