@@ -12,11 +12,23 @@ namespace batchnorm_ext::cpu::BN_CPU_ISA {
 
 // ---- Memory of one call ----
 
+// Arrays of one value a channel, none of which shares a cache line with another.
+template <class T>
+struct ChannelArrays {
+  T* first;
+  int64_t pitch;
+
+  T* operator[](int64_t n) const { return first + n * pitch; }
+};
+
 // On the stack for few channels, since a small tensor is normalised faster than memory is allocated.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes)
-      : data_(bytes <= static_cast<int64_t>(sizeof(local_)) ? local_ : ::operator new(static_cast<size_t>(bytes))) {}
+  Workspace(int64_t arrays, int64_t channels)
+      : array_bytes_((channels * static_cast<int64_t>(sizeof(double)) + cache_line - 1) / cache_line * cache_line),
+        data_(arrays * array_bytes_ <= static_cast<int64_t>(sizeof(local_))
+                  ? local_
+                  : ::operator new(static_cast<size_t>(arrays * array_bytes_))) {}
   ~Workspace() {
     if (data_ != local_) ::operator delete(data_);
   }
@@ -24,16 +36,17 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
 
   template <class T>
-  T* take(int64_t count) {
-    T* const taken = reinterpret_cast<T*>(static_cast<char*>(data_) + used_);
-    used_ += count * static_cast<int64_t>(sizeof(double));  // whatever T: the next one stays aligned
-    return taken;
+  ChannelArrays<T> take(int64_t arrays) {
+    char* const taken = static_cast<char*>(data_) + array_bytes_ * taken_;
+    taken_ += arrays;
+    return {reinterpret_cast<T*>(taken), array_bytes_ / static_cast<int64_t>(sizeof(T))};
   }
 
  private:
   alignas(cache_line) char local_[8 << 10];
+  int64_t array_bytes_;
   void* data_;
-  int64_t used_ = 0;
+  int64_t taken_ = 0;
 };
 
 // Two doubles per channel and set: mean and m2, or sum_dy and sum_dy_x. A set is what one task found in its samples.
@@ -128,36 +141,57 @@ inline void for_each_block(Range channels, int64_t block_channels, const Action&
   }
 }
 
-// sums(channels, samples, set), finalize(channels), map(channels, samples): block by block in one parallel region, or
-// in separate regions where tasks share channels.
+// Which steps a call has besides finalizing.
+struct Steps {
+  bool sums, map;
+};
+
+// When tasks share the samples, each needs what is finalized of all channels. From so many merges on they share that
+// work too; below, each does all of it for itself, which is sooner done than handing coefficients from core to core.
+constexpr int64_t merges_worth_sharing = 8192;
+
+// How many copies of the coefficients there are. Only the first is made by a task that writes what the caller sees.
+inline int64_t coefficient_copies(const Shape& shape, const Blocking& blocking, Steps steps) {
+  if (!blocking.split_samples || !steps.map) return 1;
+  const int64_t merges = shape.channels * (steps.sums ? blocking.tasks : 1);
+  return merges < merges_worth_sharing ? blocking.tasks : 1;
+}
+
+// sums(channels, samples, set), finalize(channels, copy), map(channels, samples, copy): block by block in one parallel
+// region, or in separate regions where tasks share channels.
 template <class Sums, class Finalize, class Map>
-inline void run_steps(const Shape& shape, const Blocking& blocking, const Threads& threads, bool sums_first,
+inline void run_steps(const Shape& shape, const Blocking& blocking, const Threads& threads, Steps steps,
                       const Sums& sums, const Finalize& finalize, const Map& map) {
   const Range all_channels{0, shape.channels}, all_samples{0, shape.samples()};
   if (!blocking.split_samples) {
     parallel(threads, blocking.tasks, [&](int64_t task) {
       const Range own = split(shape.channels, blocking.unit, blocking.tasks, task);
       for_each_block(own, blocking.block_channels, [&](Range block) {
-        if (sums_first) sums(block, all_samples, 0);
-        finalize(block);
-        map(block, all_samples);
+        if (steps.sums) sums(block, all_samples, 0);
+        finalize(block, 0);
+        if (steps.map) map(block, all_samples, 0);
       });
     });
     return;
   }
-  if (sums_first) {
+  if (steps.sums) {
     parallel(threads, blocking.tasks, [&](int64_t task) {
       for_each_block(all_channels, blocking.block_channels,
                      [&](Range block) { sums(block, own_samples(shape, blocking, task), task); });
     });
   }
-  constexpr int64_t merges_per_task = 4096;
-  const int64_t merge_tasks =
-      max(1, min(blocking.tasks, shape.channels * (sums_first ? blocking.tasks : 1) / merges_per_task));
-  parallel(threads, merge_tasks, [&](int64_t task) { finalize(split(shape.channels, cache_line, merge_tasks, task)); });
+  const bool copied = coefficient_copies(shape, blocking, steps) > 1;
+  if (!copied) {
+    const int64_t merges = shape.channels * (steps.sums ? blocking.tasks : 1);
+    const int64_t tasks = max(1, min(blocking.tasks, 2 * merges / merges_worth_sharing));
+    parallel(threads, tasks, [&](int64_t task) { finalize(split(shape.channels, cache_line, tasks, task), 0); });
+  }
+  if (!steps.map) return;
   parallel(threads, blocking.tasks, [&](int64_t task) {
+    const int64_t copy = copied ? task : 0;
+    if (copied) finalize(all_channels, copy);
     for_each_block(all_channels, blocking.block_channels,
-                   [&](Range block) { map(block, own_samples(shape, blocking, task)); });
+                   [&](Range block) { map(block, own_samples(shape, blocking, task), copy); });
   });
 }
 
@@ -384,37 +418,34 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
     const int64_t used = used_mask_bytes(shape, blocking);
     __builtin_memset(params.mask + used, 0, static_cast<size_t>(mask_bytes(shape) - used));
   }
+  const Steps steps{params.batch_statistics, writes};
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
-  Workspace workspace(shape.channels * (3 + 3 * sets) * static_cast<int64_t>(sizeof(double)));
-  A* k_of[Normalize::coefficients];
-  Coefficients<A> coefficients{};
-  for (int n = 0; n < Normalize::coefficients; ++n) coefficients.of[n] = k_of[n] = workspace.take<A>(shape.channels);
-  double* const means = workspace.take<double>(shape.channels * sets);
-  double* const m2s = workspace.take<double>(shape.channels * sets);
-  A* const centers = workspace.take<A>(shape.channels * sets);
-  const auto moments_of = [&](int64_t set) {
-    return PartialSums{means + set * shape.channels, m2s + set * shape.channels};
-  };
+  const int64_t copies = coefficient_copies(shape, blocking, steps);
+  Workspace workspace(Normalize::coefficients * copies + 3 * sets, shape.channels);
+  ChannelArrays<A> k_of[Normalize::coefficients];
+  for (ChannelArrays<A>& k : k_of) k = workspace.take<A>(copies);
+  const auto means = workspace.take<double>(sets), m2s = workspace.take<double>(sets);
+  const auto centers = workspace.take<A>(sets);
   const E* const x = static_cast<const E*>(params.x);
   E* const y = static_cast<E*>(params.y);
 
   const auto statistics = [&](Range channels, Range samples, int64_t set) {
-    channel_statistics(shape, blocking, x, channels, samples, centers + set * shape.channels, moments_of(set));
+    channel_statistics(shape, blocking, x, channels, samples, centers[set], {means[set], m2s[set]});
   };
-  const auto finalize_statistics = [&](Range all) {
+  const auto finalize_statistics = [&](Range all, int64_t copy) {
     for_each_block(all, channels_at_once, [&](Range channels) {
       const int64_t begin = channels.begin, size = channels.size();
       ChannelValues mean, variance, inv_std, weight, bias;
       if (params.batch_statistics) {
         ChannelValues m2;
         int64_t merged = sets == 1 ? shape.samples() : own_samples(shape, blocking, 0).size();
-        for (int64_t i = 0; i < size; ++i) mean[i] = means[begin + i], m2[i] = m2s[begin + i];
+        for (int64_t i = 0; i < size; ++i) mean[i] = means[0][begin + i], m2[i] = m2s[0][begin + i];
         for (int64_t set = 1; set < sets; ++set) {
-          const PartialSums partial = moments_of(set);
+          const double *const set_mean = means[set] + begin, *const set_m2 = m2s[set] + begin;
           const int64_t count = own_samples(shape, blocking, set).size();
           for (int64_t i = 0; i < size; ++i) {
-            const Moments<double> both = merge(Moments<double>{mean[i], m2[i], merged},
-                                               {partial.first[begin + i], partial.second[begin + i], count});
+            const Moments<double> both =
+                merge(Moments<double>{mean[i], m2[i], merged}, {set_mean[i], set_m2[i], count});
             mean[i] = both.mean;
             m2[i] = both.m2;
           }
@@ -425,7 +456,7 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
           for (int64_t i = 0; i < size; ++i) record[i] = mean[i], record[shape.channels + i] = m2[i];
           return;
         }
-        update_running_statistics(params.running, channels, mean, m2, merged);
+        if (copy == 0) update_running_statistics(params.running, channels, mean, m2, merged);
         for (int64_t i = 0; i < size; ++i) variance[i] = variance_of(Moments<double>{mean[i], m2[i], merged});
       } else {
         read(params.running.mean, channels, 0.0, mean);
@@ -434,21 +465,22 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       read(params.weight, channels, 1.0, weight);
       read(params.bias, channels, 0.0, bias);
       for (int64_t i = 0; i < size; ++i) inv_std[i] = inverse_std(variance[i], params.eps);
-      write({params.mean, DTypeOf<A>::value}, channels, mean);
-      write({params.inv_std, DTypeOf<A>::value}, channels, inv_std);
+      if (copy == 0) write({params.mean, DTypeOf<A>::value}, channels, mean);
+      if (copy == 0) write({params.inv_std, DTypeOf<A>::value}, channels, inv_std);
       for (int64_t i = 0; i < size; ++i) {
         const NormalizeCoefficients<A> k = normalize_coefficients<A>(mean[i], inv_std[i], weight[i], bias[i]);
-        k_of[0][begin + i] = k.mean;
-        k_of[1][begin + i] = k.scale;
-        k_of[2][begin + i] = k.shift;
+        k_of[0][copy][begin + i] = k.mean;
+        k_of[1][copy][begin + i] = k.scale;
+        k_of[2][copy][begin + i] = k.shift;
       }
-      if (A* const shift = static_cast<A*>(params.shift)) {
-        for (int64_t i = 0; i < size; ++i) shift[begin + i] = k_of[2][begin + i];
+      if (A* const shift = static_cast<A*>(params.shift); shift != nullptr && copy == 0) {
+        for (int64_t i = 0; i < size; ++i) shift[begin + i] = k_of[2][0][begin + i];
       }
     });
   };
-  const auto normalize = [&](Range channels, Range samples) {
-    if (y == nullptr) return;
+  const auto normalize = [&](Range channels, Range samples, int64_t copy) {
+    Coefficients<A> coefficients{};
+    for (int n = 0; n < Normalize::coefficients; ++n) coefficients.of[n] = k_of[n][copy];
     const auto map = [&](const auto& operation) {
       using Operation = std::decay_t<decltype(operation)>;
       Inputs<E, Operation::inputs> in{{x}};
@@ -471,7 +503,7 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       map_activation(AnyActivation{params.epilogue.activation, params.epilogue.negative_slope});
     }
   };
-  run_steps(shape, blocking, threads, params.batch_statistics, statistics, finalize_statistics, normalize);
+  run_steps(shape, blocking, threads, steps, statistics, finalize_statistics, normalize);
 }
 
 template <class E>
@@ -499,13 +531,13 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   traffic.masked = source == GradientSource::mask;
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
-  Workspace workspace(shape.channels * (4 + 2 * sets) * static_cast<int64_t>(sizeof(double)));
-  A* const dy_scale = workspace.take<A>(shape.channels);
-  A* const mean_dy = workspace.take<A>(shape.channels);
-  A* const x_scale = workspace.take<A>(shape.channels);
-  A* const scale = workspace.take<A>(shape.channels);
-  double* const sum_dys = workspace.take<double>(shape.channels * sets);
-  double* const sum_dy_xs = workspace.take<double>(shape.channels * sets);
+  const Steps steps{wants_sums, writes && !fused};
+  const int64_t copies = coefficient_copies(shape, blocking, steps);
+  Workspace workspace(3 * copies + 1 + 2 * sets, shape.channels);
+  const auto dy_scale = workspace.take<A>(copies), mean_dy = workspace.take<A>(copies);
+  const auto x_scale = workspace.take<A>(copies);
+  A* const scale = workspace.take<A>(1)[0];
+  const auto sum_dys = workspace.take<double>(sets), sum_dy_xs = workspace.take<double>(sets);
 
   // What computes u, and at first the center.
   const A* const shift = static_cast<const A*>(params.shift);
@@ -527,8 +559,7 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     return in;
   };
 
-  const auto write_gradients = [&](Range channels, Range samples) {
-    if (!writes) return;
+  const auto write_gradients = [&](Range channels, Range samples, int64_t copy) {
     const auto map = [&](const auto& operation, const Coefficients<A>& coefficients) {
       constexpr int outputs = std::decay_t<decltype(operation)>::outputs;
       Outputs<E, outputs> out{{dx}};
@@ -539,14 +570,15 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     with_gradient(source, params, [&](const auto& gradient) {
       using Gradient = std::decay_t<decltype(gradient)>;
       if (training) {
-        map(InputGradient<Gradient>{gradient}, Coefficients<A>{{dy_scale, mean_dy, x_scale, center, scale, shift}});
+        map(InputGradient<Gradient>{gradient},
+            Coefficients<A>{{dy_scale[copy], mean_dy[copy], x_scale[copy], center, scale, shift}});
       } else {
-        map(ScaledGradient<Gradient>{gradient}, Coefficients<A>{{dy_scale, center, scale, shift}});
+        map(ScaledGradient<Gradient>{gradient}, Coefficients<A>{{dy_scale[copy], center, scale, shift}});
       }
     });
   };
   const int64_t count = joined ? static_cast<int64_t>(*params.joined.count) : shape.samples();
-  const auto set_coefficients = [&](Range channels, const double* sum_dy,
+  const auto set_coefficients = [&](Range channels, int64_t copy, const double* sum_dy,
                                     const double* sum_dy_xhat) __attribute__((noinline)) {
     ChannelValues weight;
     read(params.weight, channels, 1.0, weight);
@@ -554,27 +586,26 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
       const int64_t c = channels.begin + i;
       const InputGradientCoefficients<A> k = input_gradient_coefficients<A>(
           mean[c], inv_std[c], static_cast<A>(weight[i]), sum_dy[i], sum_dy_xhat[i], count);
-      dy_scale[c] = k.dy_scale;
-      mean_dy[c] = k.mean_dy;
-      x_scale[c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
+      dy_scale[copy][c] = k.dy_scale;
+      mean_dy[copy][c] = k.mean_dy;
+      x_scale[copy][c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
     }
   };
   const auto set_without_sums = [&](Range all) __attribute__((noinline)) {
     const ChannelValues zeros{};
-    for_each_block(all, channels_at_once, [&](Range channels) { set_coefficients(channels, zeros, zeros); });
+    for_each_block(all, channels_at_once, [&](Range channels) { set_coefficients(channels, 0, zeros, zeros); });
   };
   if (fused && blocking.split_samples) set_without_sums({0, shape.channels});  // tasks share all channels
   const auto sums = [&](Range channels, Range samples, int64_t set) {
     if (fused && !blocking.split_samples) set_without_sums(channels);
-    const PartialSums partial{sum_dys + set * shape.channels, sum_dy_xs + set * shape.channels};
     with_gradient(source, params, [&](const auto& gradient) {
       gradient_sums(gradient, shape, blocking, inputs_of(gradient), params.mask, channels, samples,
-                    Coefficients<A>{{center, scale, shift}}, partial, [&](Range slab) {
-                      if (fused) write_gradients(channels, slab);
+                    Coefficients<A>{{center, scale, shift}}, {sum_dys[set], sum_dy_xs[set]}, [&](Range slab) {
+                      if (fused) write_gradients(channels, slab, 0);
                     });
     });
   };
-  const auto finalize = [&](Range all) {
+  const auto finalize = [&](Range all, int64_t copy) {
     for_each_block(all, channels_at_once, [&](Range channels) {
       const int64_t begin = channels.begin, size = channels.size();
       ChannelValues sum_dy{}, sum_dy_xhat{};
@@ -583,24 +614,20 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
         for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] = params.joined.sum_dy_xhat[begin + i];
       } else if (wants_sums) {
         for (int64_t set = 0; set < sets; ++set) {
-          const double *const first = sum_dys + set * shape.channels + begin, *const second = sum_dy_xs +
-                                                                                              set * shape.channels +
-                                                                                              begin;
+          const double *const first = sum_dys[set] + begin, *const second = sum_dy_xs[set] + begin;
           for (int64_t i = 0; i < size; ++i) sum_dy[i] += first[i], sum_dy_xhat[i] += second[i];
         }
         for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] *= static_cast<double>(inv_std[begin + i]);
         if (params.x_is_output) {
           for (int64_t i = 0; i < size; ++i) sum_dy_xhat[i] /= static_cast<double>(scale[begin + i]);
         }
-        write(params.dweight, channels, sum_dy_xhat);
-        write(params.dbias, channels, sum_dy);
+        if (copy == 0) write(params.dweight, channels, sum_dy_xhat);
+        if (copy == 0) write(params.dbias, channels, sum_dy);
       }
-      if (writes && !fused) set_coefficients(channels, sum_dy, sum_dy_xhat);
+      if (writes && !fused) set_coefficients(channels, copy, sum_dy, sum_dy_xhat);
     });
   };
-  run_steps(shape, blocking, threads, wants_sums, sums, finalize, [&](Range channels, Range samples) {
-    if (!fused) write_gradients(channels, samples);
-  });
+  run_steps(shape, blocking, threads, steps, sums, finalize, write_gradients);
 }
 
 template <class Params, void (*on_float64)(const Params&, const Threads&),

@@ -67,6 +67,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
   // What is read once has room beside what is written; what is read again should not be pushed out.
   const int64_t cached = (traffic.sums_first ? 2 : 4) * shared_cache;
+  blocking.backwards = traffic.sums_first;
   blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 
   const int64_t widest = blocking.columns ? max_columns / shape.inner

@@ -38,6 +38,7 @@ struct Blocking {
   int64_t unit;            // task boundaries are multiples of this many channels, or samples
   int64_t block_channels;  // channels that a task takes through all steps at once
   bool stream;             // write past the caches
+  bool backwards;          // results from the last samples to the first: what was summed last is still in the cache
 };
 
 // The samples of task `task`, if tasks share the samples.

@@ -230,11 +230,12 @@ class LineWriters {
   Outputs<E, count> started_{};
 };
 
-// action(chunk) for the chunks of `samples` from last to first: the sums went forwards, so that the end is still in the
-// cache. Within a chunk it goes forwards, since memory is read ahead in that direction only.
+// action(chunk) for the chunks of `samples`, from last to first if `backwards`. Within a chunk it goes forwards, since
+// memory is read ahead in that direction only.
 template <class Action>
-inline void for_each_chunk_backwards(const Shape& shape, Range samples, int64_t sample_bytes, int64_t unit,
-                                     const Action& action) {
+inline void for_each_chunk(const Shape& shape, bool backwards, Range samples, int64_t sample_bytes, int64_t unit,
+                           const Action& action) {
+  if (!backwards) return action(samples);
   constexpr int64_t chunk_bytes = 256 << 10;
   const int64_t chunk = max(1, chunk_bytes / (sample_bytes * unit)) * unit;
   const int64_t chunks = (samples.size() + chunk - 1) / chunk;
@@ -247,15 +248,15 @@ inline void for_each_chunk_backwards(const Shape& shape, Range samples, int64_t 
 }
 
 template <class Map, class E, class A>
-BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool stream, Inputs<E, Map::inputs> in,
-                                Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
-                                const Coefficients<A>& coefficients) {
+BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool backwards, bool stream,
+                                Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, Range channels,
+                                Range samples, const Coefficients<A>& coefficients) {
   constexpr int64_t longest_whole_plane = 65536;
   LineWriters<E, Map::outputs> writers;
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
   const int64_t unit = shape.inner <= longest_whole_plane ? shape.inner : 4096;
   const int64_t mask_row = mask_row_bytes(shape.inner);
-  for_each_chunk_backwards(shape, samples, sample_bytes, unit, [&](Range chunk) {
+  for_each_chunk(shape, backwards, samples, sample_bytes, unit, [&](Range chunk) {
     for (int64_t sample = chunk.begin; sample < chunk.end;) {
       const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
       const int64_t count = min(shape.inner - inner, chunk.end - sample);
@@ -282,7 +283,7 @@ BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool stream,
 }
 
 template <class Map, class E, class A>
-BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool stream,
+BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool backwards, bool stream,
                                  Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, Range channels,
                                  Range samples, const Coefficients<A>& coefficients) {
   const ColumnCoefficients<Map::coefficients, A> of_columns(shape, repeat, channels, coefficients);
@@ -292,7 +293,7 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
   LineWriters<E, Map::outputs> writers;
-  for_each_chunk_backwards(shape, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
+  for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
     const int64_t base = (begin * shape.channels + channels.begin) * shape.inner;
     const int64_t whole = rows / repeat, rest = rows % repeat * row_columns;
@@ -330,9 +331,10 @@ inline void map_samples(const Map& map, const Shape& shape, const Blocking& bloc
                         Outputs<E, Map::outputs> out, uint8_t* mask, Range channels, Range samples,
                         const Coefficients<A>& coefficients) {
   if (blocking.columns) {
-    map_columns(map, shape, blocking.repeat, blocking.stream, in, out, mask, channels, samples, coefficients);
+    map_columns(map, shape, blocking.repeat, blocking.backwards, blocking.stream, in, out, mask, channels, samples,
+                coefficients);
   } else {
-    map_planes(map, shape, blocking.stream, in, out, mask, channels, samples, coefficients);
+    map_planes(map, shape, blocking.backwards, blocking.stream, in, out, mask, channels, samples, coefficients);
   }
   if (blocking.stream) finish_streaming();
 }
