@@ -1,4 +1,4 @@
-"""One batch norm call held against the oracle: output, statistics and gradients; and that it waits for nothing."""
+"""One call, fused or not, held against the oracle: output, statistics and gradients; and that it waits for nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 from inputs import Arguments
-from oracle import BatchNorm
+from oracle import BatchNorm, BatchNormAct
 from tolerances import assert_matches
 
-from batchnorm_ext.functional import batch_norm
+from batchnorm_ext.functional import batch_norm, batch_norm_act
 
 
 def assert_bitwise(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
@@ -28,8 +28,19 @@ def call(
     return function(args.x, args.running_mean, args.running_var, args.weight, args.bias, **options)
 
 
-def differentiable(args: Arguments) -> list[torch.Tensor]:
-    return [t for t in (args.x, args.weight, args.bias) if t is not None and t.requires_grad]
+def call_act(
+    args: Arguments,
+    residual: torch.Tensor | None = None,
+    activation: str = "relu",
+    **options: object,
+) -> torch.Tensor:
+    """Call ``batch_norm_act``."""
+    return call(args, batch_norm_act, residual=residual, activation=activation, **options)
+
+
+def differentiable(args: Arguments, residual: torch.Tensor | None = None) -> list[torch.Tensor]:
+    tensors = (args.x, args.weight, args.bias, residual)
+    return [t for t in tensors if t is not None and t.requires_grad]
 
 
 def check_call(
@@ -62,6 +73,47 @@ def check_call(
     return y
 
 
+def exact_act(
+    args: Arguments,
+    residual: torch.Tensor | None = None,
+    activation: str = "relu",
+    *,
+    inplace: bool = False,
+    **options: object,
+) -> BatchNormAct:
+    """Return what `call_act` should give of the same arguments."""
+    return BatchNormAct(
+        *(args.x, args.weight, args.bias, args.running_mean, args.running_var),
+        residual=residual,
+        activation_name=activation,
+        **options,
+    )
+
+
+def check_call_act(
+    args: Arguments,
+    residual: torch.Tensor | None = None,
+    activation: str = "relu",
+    *,
+    training: bool = True,
+    **options: object,
+) -> torch.Tensor:
+    """As `check_call`, of ``batch_norm_act``; in place, the call is given a copy of x, which it may overwrite."""
+    options["training"] = training
+    expected = exact_act(args, residual, activation, **options)
+    before = args.clone()
+    given = replace(args, x=args.x.clone()) if options.get("inplace") else args
+    y = call_act(given, residual, activation, **options)
+    assert y.dtype == args.x.dtype
+    assert_matches(y, expected.y, "y")
+    check_running_statistics(args, before, expected)
+    if y.requires_grad:
+        gradients = torch.autograd.grad(y, differentiable(args, residual), args.dy)
+        check_gradients(args, expected, gradients, residual)
+    assert_bitwise(args.x.detach(), before.x.detach(), "x was written to")
+    return y
+
+
 def check_running_statistics(args: Arguments, before: Arguments, expected: BatchNorm) -> None:
     """Compare the buffers with the oracle's, or with what they were when the call must not touch them."""
     for name in ("running_mean", "running_var"):
@@ -76,14 +128,17 @@ def check_running_statistics(args: Arguments, before: Arguments, expected: Batch
 
 
 def check_gradients(
-    args: Arguments, expected: BatchNorm, gradients: tuple[torch.Tensor, ...]
+    args: Arguments,
+    expected: BatchNorm,
+    gradients: tuple[torch.Tensor, ...],
+    residual: torch.Tensor | None = None,
 ) -> None:
-    """Compare the gradients of ``differentiable(args)`` with the oracle's."""
-    exact = dict(zip(("x", "weight", "bias"), expected.gradients(args.dy), strict=True))
-    names = [n for n in exact if getattr(args, n) is not None and getattr(args, n).requires_grad]
-    assert len(names) == len(gradients)
-    for name, gradient in zip(names, gradients, strict=True):
-        assert gradient.dtype == getattr(args, name).dtype
+    """Compare the gradients of ``differentiable(args, residual)`` with the oracle's."""
+    tensors = {"x": args.x, "weight": args.weight, "bias": args.bias, "residual": residual}
+    exact = dict(zip(tensors, expected.gradients(args.dy), strict=False))
+    wanted = {n: t for n, t in tensors.items() if t is not None and t.requires_grad}
+    for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
+        assert gradient.dtype == tensor.dtype
         assert_matches(gradient, exact[name], f"d{name}", args.x.dtype)
 
 

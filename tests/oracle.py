@@ -159,12 +159,13 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Activation:
-    """Value and derivative of an activation, and the most that either changes by a change of its argument."""
+    """Value and derivative of an activation, the most that either changes by a change of its argument, and jumps."""
 
     value: Callable[[Array], Array]
     derivative: Callable[[Array], Array]
     steepest: float = 1.0
     most_curved: float = 0.0
+    jumps: tuple[float, ...] = ()  # where the derivative is not continuous
 
 
 def activation(name: str, negative_slope: float = 0.01) -> Activation:
@@ -176,14 +177,17 @@ def activation(name: str, negative_slope: float = 0.01) -> Activation:
 
     return {
         "identity": Activation(lambda u: u, np.ones_like),
-        "relu": Activation(lambda u: np.maximum(u, 0), lambda u: (u > 0).astype(u.dtype)),
+        "relu": Activation(
+            lambda u: np.maximum(u, 0), lambda u: (u > 0).astype(u.dtype), jumps=(0,)
+        ),
         "relu6": Activation(
-            lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)).astype(u.dtype)
+            lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)).astype(u.dtype), jumps=(0, 6)
         ),
         "leaky_relu": Activation(
             lambda u: np.where(u > 0, u, slope * u),
             lambda u: np.where(u > 0, np.longdouble(1), slope),
             max(1.0, abs(negative_slope)),
+            jumps=(0,),
         ),
         "elu": Activation(
             lambda u: np.where(u > 0, u, np.expm1(np.minimum(u, 0))),
@@ -202,6 +206,7 @@ def activation(name: str, negative_slope: float = 0.01) -> Activation:
             lambda u: np.where(u <= -3, 0, np.where(u >= 3, 1, u / 3 + np.longdouble(0.5))),
             1.5,
             0.34,
+            (-3, 3),
         ),
     }[name]
 
@@ -224,6 +229,14 @@ class BatchNormAct(BatchNorm):
         self.y = Exact(
             self._activation.value(self.u.value), self.u.scale * self._activation.steepest
         )
+
+    def clearance(self) -> float:
+        """How far u is from where the derivative jumps, at least, in units of its scale.
+
+        Closer than its rounding, either side is right.
+        """
+        distances = [np.abs(self.u.value - at) / self.u.scale for at in self._activation.jumps]
+        return float(min((d.min(initial=np.inf) for d in distances), default=np.inf))
 
     def gradients(self, dy: torch.Tensor) -> tuple[Exact, Exact, Exact, Exact]:
         """The gradients of x, weight, bias and residual for the output gradient ``dy``."""

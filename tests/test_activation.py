@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import assert_bitwise, check_running_statistics, storages_saved, without
+from checks import assert_bitwise, differentiable, storages_saved, without
+from checks import call_act as call
+from checks import check_call_act as check
 from inputs import DTYPES, LAYOUTS, SHAPES, Arguments, arguments, channels_last, contiguous, every
-from oracle import BatchNormAct
-from tolerances import assert_matches
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -35,63 +35,12 @@ def residual_of(args: Arguments, layout=None) -> torch.Tensor:
     return (layout or torch.clone)(values).requires_grad_(args.x.requires_grad)
 
 
-def call(args: Arguments, residual=None, activation="relu", **options) -> torch.Tensor:
-    return batch_norm_act(
-        args.x,
-        args.running_mean,
-        args.running_var,
-        args.weight,
-        args.bias,
-        residual=residual,
-        activation=activation,
-        **options,
-    )
-
-
 def chain(args: Arguments, residual=None, activation="relu", negative_slope=0.01, **options):
     """The same of torch's functions."""
     y = F.batch_norm(args.x, args.running_mean, args.running_var, args.weight, args.bias, **options)
     y = y if residual is None else y + residual
     options = {"negative_slope": negative_slope} if activation == "leaky_relu" else {}
     return y if activation == "identity" else getattr(F, activation)(y, **options)
-
-
-def tensors_of(args: Arguments, residual) -> dict[str, torch.Tensor]:
-    named = {"x": args.x, "weight": args.weight, "bias": args.bias, "residual": residual}
-    return {name: t for name, t in named.items() if t is not None and t.requires_grad}
-
-
-def check(args, residual=None, activation="relu", *, negative_slope=0.01, training=True, **options):
-    """Compare forward and backward with the oracle."""
-    expected = BatchNormAct(
-        args.x,
-        args.weight,
-        args.bias,
-        args.running_mean,
-        args.running_var,
-        residual=residual,
-        activation_name=activation,
-        negative_slope=negative_slope,
-        training=training,
-        **options,
-    )
-    before = args.clone()
-    y = call(
-        args, residual, activation, negative_slope=negative_slope, training=training, **options
-    )
-    assert y.dtype == args.x.dtype
-    assert_matches(y, expected.y, "y")
-    check_running_statistics(args, before, expected)
-    wanted = tensors_of(args, residual)
-    if wanted:
-        exact = dict(
-            zip(("x", "weight", "bias", "residual"), expected.gradients(args.dy), strict=True)
-        )
-        gradients = torch.autograd.grad(y, list(wanted.values()), args.dy)
-        for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
-            assert gradient.dtype == tensor.dtype
-            assert_matches(gradient, exact[name], f"d{name}", args.x.dtype)
-    return y
 
 
 # ---- values and gradients -----------------------------------------------------------------------
@@ -213,7 +162,7 @@ def test_equals_the_unfused_chain(activation, residual, training, device):
     for function in (call, chain):
         trial = args.clone()
         y = function(trial, added, activation, training=training)
-        gradients = torch.autograd.grad(y, list(tensors_of(trial, added).values()), args.dy)
+        gradients = torch.autograd.grad(y, differentiable(trial, added), args.dy)
         outcomes.append((y, *gradients, trial.running_mean, trial.running_var))
     torch.testing.assert_close(outcomes[0], outcomes[1], equal_nan=True)
 
@@ -336,7 +285,7 @@ def test_batched_gradients(activation, residual, training, device):
     args = arguments((4, 3, 2), torch.float64, device=device)
     added = residual_of(args) if residual else None
     batch = torch.randn(3, 4, 3, 2, dtype=torch.float64, device=device)
-    wanted = list(tensors_of(args, added).values())
+    wanted = differentiable(args, added)
     y = call(args, added, activation, training=training)
     together = torch.autograd.grad(y, wanted, batch, is_grads_batched=True, retain_graph=True)
     pieces = [torch.autograd.grad(y, wanted, dy, retain_graph=True) for dy in batch]
@@ -424,7 +373,7 @@ def test_inputs_are_only_read(activation, residual, training, device):
     watched = [t for t in (*vars(args).values(), added) if t is not None]
     before = [(t.detach().clone(), t._version) for t in watched]
     y = call(args, added, activation, training=training)
-    gradients = torch.autograd.grad(y, list(tensors_of(args, added).values()), args.dy)
+    gradients = torch.autograd.grad(y, differentiable(args, added), args.dy)
     for tensor, (values, version) in zip(watched, before, strict=True):
         assert_bitwise(tensor.detach(), values)
         assert tensor._version == version
@@ -625,23 +574,7 @@ def in_place(args: Arguments, activation: str, residual=None, **options):
 def test_in_place_gives_the_same_results(activation, dtype, residual, training, device):
     args = arguments((5, 6, 7, 3), dtype, device=device)
     added = residual_of(args) if residual else None
-    _, y = in_place(args, activation, added, training=training)
-    oracle = BatchNormAct(
-        args.x,
-        args.weight,
-        args.bias,
-        *(args.running_mean, args.running_var),
-        residual=added,
-        activation_name=activation,
-        training=training,
-    )
-    assert_matches(y, oracle.y, "y")
-    wanted = tensors_of(args, added)
-    exact = dict(zip(("x", "weight", "bias", "residual"), oracle.gradients(args.dy), strict=True))
-    for (name, _), gradient in zip(
-        wanted.items(), torch.autograd.grad(y, list(wanted.values()), args.dy), strict=True
-    ):
-        assert_matches(gradient, exact[name], f"d{name}", dtype)
+    check(args, added, activation, training=training, inplace=True)
 
 
 def test_in_place_on_a_leaf_is_refused(device):
@@ -691,21 +624,6 @@ def overwritten(args: Arguments, activation: str, residual=None, **options) -> b
     return True
 
 
-def check_in_place(args: Arguments, activation: str, negative_slope: float = 0.01) -> None:
-    """Gradients of a training call in place against the oracle."""
-    expected = BatchNormAct(
-        *(args.x, args.weight, args.bias, args.running_mean, args.running_var),
-        activation_name=activation,
-        negative_slope=negative_slope,
-    )
-    _, y = in_place(args, activation, negative_slope=negative_slope, training=True)
-    assert_matches(y, expected.y, "y")
-    wanted = tensors_of(args, None)
-    gradients = torch.autograd.grad(y, list(wanted.values()), args.dy)
-    for name, gradient, exact in zip(wanted, gradients, expected.gradients(args.dy), strict=False):
-        assert_matches(gradient, exact, f"d{name}", args.x.dtype)
-
-
 @pytest.mark.native
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -726,7 +644,7 @@ def test_well_conditioned_calls_are_inverted(shape, activation, slope, dtype, la
             args.weight.copy_(weight)
             args.bias.copy_(bias)
         assert overwritten(args, activation, negative_slope=slope, training=True)
-        check_in_place(args, activation, slope)
+        check(args, None, activation, negative_slope=slope, inplace=True)
 
 
 ILL_CONDITIONED = {
@@ -748,7 +666,7 @@ def test_a_channel_that_cannot_be_inverted_keeps_the_input(activation, parameter
         args.weight[2], args.bias[2] = parameters
     assert not overwritten(args, activation, training=True)
     if not any(value != value for value in parameters):
-        check_in_place(args, activation)
+        check(args, None, activation, inplace=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -775,13 +693,13 @@ def test_elu_is_inverted_where_no_value_can_reach_its_flat_part(device):
         args.weight.fill_(0.5)
         args.bias.fill_(0.2)
     assert overwritten(args, "elu", training=True)
-    check_in_place(args, "elu")
+    check(args, None, "elu", inplace=True)
     args = arguments((4, 5, 10), device=device)
     with torch.no_grad():
         args.weight.fill_(0.01)
         args.bias.zero_()
     assert overwritten(args, "elu", training=True)
-    check_in_place(args, "elu")
+    check(args, None, "elu", inplace=True)
 
 
 @pytest.mark.native
@@ -796,7 +714,7 @@ def test_frozen_calls_are_in_place_in_every_dtype(activation, dtype, residual, d
     added = residual_of(args) if residual else None
     assert overwritten(args, activation, added, training=False)
     _, y = in_place(args, activation, added, training=False)
-    wanted = list(tensors_of(args, added).values())
+    wanted = differentiable(args, added)
     expected = torch.autograd.grad(call(args, added, activation, training=False), wanted, args.dy)
     for actual, exact in zip(torch.autograd.grad(y, wanted, args.dy), expected, strict=True):
         assert_bitwise(actual, exact)

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from checks import assert_bitwise, call, check_call, differentiable
+from checks import (
+    assert_bitwise,
+    call,
+    check_call,
+    check_call_act,
+    differentiable,
+    exact_act,
+)
 from inputs import Arguments, arguments, channels_last
 from oracle import BatchNorm
 from tolerances import assert_matches
+
+from batchnorm_ext._reference import ACTIVATIONS
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings
@@ -96,6 +105,15 @@ class Call:
         return args
 
 
+def strides(rank: int) -> st.SearchStrategy[Strides]:
+    return st.builds(
+        Strides,
+        st.permutations(range(rank)).map(tuple),
+        st.tuples(*[st.sampled_from([1, 1, 1, 2, 3])] * rank),
+        st.integers(0, 3),
+    )
+
+
 @st.composite
 def calls(draw, training: bool | None = None) -> Call:
     shape = draw(shapes)
@@ -103,12 +121,6 @@ def calls(draw, training: bool | None = None) -> Call:
     assume(not training or shape[0] * math.prod(shape[2:]) > 1)
     flags = st.tuples(st.booleans(), st.booleans(), st.booleans())
     present = draw(flags)
-    strides = st.builds(
-        Strides,
-        st.permutations(range(len(shape))).map(tuple),
-        st.tuples(*[st.sampled_from([1, 1, 1, 2, 3])] * len(shape)),
-        st.integers(0, 3),
-    )
     return Call(
         shape=shape,
         dtypes=draw(st.sampled_from(DTYPE_PAIRS)),
@@ -118,7 +130,7 @@ def calls(draw, training: bool | None = None) -> Call:
         seed=draw(st.integers(0, 2**31)),
         present=(*present[:2], present[2] or not training),
         wanted=draw(flags),
-        strides=(draw(strides), draw(strides)),
+        strides=(draw(strides(len(shape))), draw(strides(len(shape)))),
         options={
             "training": training,
             "momentum": draw(st.sampled_from([0.1, 0.0, 1.0, -0.7, 0.999])),
@@ -131,6 +143,57 @@ def calls(draw, training: bool | None = None) -> Call:
 @given(calls())
 def test_any_call_matches_the_oracle(drawn):
     check_call(drawn.arguments(), **drawn.options)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a fused call adds to a call; ``arguments`` makes its residual."""
+
+    activation: str
+    negative_slope: float
+    inplace: bool
+    residual: Strides | None
+    wanted: bool
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"negative_slope": self.negative_slope, "inplace": self.inplace}
+
+    def residual_of(self, args: Arguments) -> torch.Tensor | None:
+        if self.residual is None:
+            return None
+        values = torch.randn(args.x.shape, dtype=torch.float64).to(args.x)
+        return self.residual.applied_to(values).requires_grad_(self.wanted)
+
+
+@st.composite
+def epilogues(draw, rank: int) -> Epilogue:
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    slope = draw(st.sampled_from([0.01, 0.3, 5.0, 0.0, -0.5]))
+    invertible = activation in ("identity", "elu") or (activation == "leaky_relu" and slope > 0)
+    return Epilogue(
+        activation=activation,
+        negative_slope=slope,
+        inplace=invertible and draw(st.booleans()),
+        residual=draw(st.none() | strides(rank)),
+        wanted=draw(st.booleans()),
+    )
+
+
+fused_calls = calls().flatmap(lambda drawn: st.tuples(st.just(drawn), epilogues(len(drawn.shape))))
+
+
+@bounded
+@given(fused_calls)
+def test_any_fused_call_matches_the_oracle(drawn):
+    plain, epilogue = drawn
+    args = plain.arguments()
+    residual = epilogue.residual_of(args)
+    options = plain.options | epilogue.options
+    # Where u is nearer to a jump of the derivative than its rounding, either gradient is right.
+    margin = 1e-13 if args.x.dtype == torch.float64 else 1e-6
+    assume(exact_act(args, residual, epilogue.activation, **options).clearance() > margin)
+    check_call_act(args, residual, epilogue.activation, **options)
 
 
 @bounded
