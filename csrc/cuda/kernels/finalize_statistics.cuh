@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -13,12 +14,18 @@
 
 namespace batchnorm_ext::cuda {
 
-// A channel's moments are kept around its pivot, the first of its elements, which a mean far larger than the deviation
-// must not swallow. Any finite value would do: an infinite one would spoil the mean of the others.
+// A channel's moments are kept around its pivot, which a mean far larger than the deviation must not swallow: the
+// median of three of its elements, since one of them may be unlike all others. Any finite value would do: an infinite
+// one would spoil the mean.
 template <class T>
 __device__ __forceinline__ accumulate_t<T> channel_pivot(const T* x, const Shape& shape, int64_t channel) {
-  const accumulate_t<T> first = widen(x[channel * shape.inner]);
-  return first - first == 0 ? first : accumulate_t<T>(0);
+  const auto at = [&](int64_t outer, int64_t inner) {
+    return widen(x[(outer * shape.channels + channel) * shape.inner + inner]);
+  };
+  const accumulate_t<T> a = at(0, 0), b = at(shape.outer / 2, shape.inner / 2),
+                        c = at(shape.outer - 1, shape.inner - 1);
+  const accumulate_t<T> median = std::fmax(std::fmin(a, b), std::fmin(std::fmax(a, b), c));
+  return median - median == 0 ? median : accumulate_t<T>(0);
 }
 
 // Whether squares of finite elements, or their sums, can exceed the accumulate type. Those of double are not redone:
@@ -29,7 +36,8 @@ constexpr bool kSquaresOverflow = std::is_same_v<T, float> || std::is_same_v<T, 
 // The counter of batches, of which a launch counts one more. Where blocks of the launch read it, none may see it
 // changed: above kBatchBits they then count themselves, each when it reads no more, and the last one takes that away
 // again and counts the batch. So nothing need be zeroed, and no block waits.
-constexpr int kBatchBits = 36;
+constexpr int kBatchBits = 55;  // counts beyond what double holds exactly make no difference to an average
+constexpr int64_t kMostReaders = int64_t(1) << (64 - kBatchBits);
 
 __device__ __forceinline__ int64_t batches_of(int64_t counter) {
   return static_cast<int64_t>(static_cast<uint64_t>(counter) << (64 - kBatchBits)) >> (64 - kBatchBits);
@@ -37,21 +45,22 @@ __device__ __forceinline__ int64_t batches_of(int64_t counter) {
 
 struct BatchCounter {
   int64_t* batches = nullptr;  // null: there is nothing to count
-  bool is_read = false;        // by blocks of this launch
+  unsigned readers = 0;        // blocks of this launch that read it
 
-  // Called by all threads of all blocks, after a barrier behind what they read.
-  __device__ __forceinline__ void count() const {
+  // Called by all threads of each block, after a barrier behind what they read.
+  __device__ __forceinline__ void count(bool is_reader) const {
     if (batches == nullptr || threadIdx.x != 0) return;
-    if (!is_read) {
+    if (readers == 0) {
       if (blockIdx.x == 0) *batches += 1;
       return;
     }
+    if (!is_reader) return;
     auto* const counter = reinterpret_cast<unsigned long long*>(batches);
-    constexpr unsigned long long kBlock = 1ull << kBatchBits;
+    constexpr unsigned long long kReader = 1ull << kBatchBits;
     __threadfence();
-    const unsigned long long before = atomicAdd(counter, kBlock);
+    const unsigned long long before = atomicAdd(counter, kReader);
     const auto own = static_cast<unsigned long long>(batches_of(static_cast<int64_t>(before)));
-    if ((before - own) / kBlock + 1 == gridDim.x) atomicAdd(counter, 1 - gridDim.x * kBlock);
+    if ((before - own) / kReader + 1 == readers) atomicAdd(counter, 1 - readers * kReader);
   }
 };
 

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     group.end_tile();
   }
   group.begin_writing();
-  counter.count();
+  counter.count(!groups.each_merges || group.rank() == 0);
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -40,15 +40,22 @@ void forward_steps(const ForwardParams& params, const DeviceLimits& limits, void
                                          params.eps, mean, inv_std,       params.record, params.signature};
     const int64_t splits = plan.statistics.splits;
     if (plan.resident.fits) {
+      const Groups& groups = plan.resident.groups;
+      const int64_t saving = groups.count * int64_t(groups.each_merges ? 1 : groups.size);
+      const bool too_many = params.running.cumulative && saving > kMostReaders;
+      const BatchCounter counted{too_many ? nullptr : counter,
+                                 params.running.cumulative ? static_cast<unsigned>(saving) : 0};
       bool launched = false;
       const auto run = [&](const auto& op) {
-        launched = launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse,
-                                   BatchCounter{counter, params.running.cumulative}, workspace, stream);
+        launched =
+            launch_resident("forward", plan.resident, op, static_cast<T*>(params.y), reuse, counted, workspace, stream);
       };
       if constexpr (resident_has_epilogue(DTypeOf<T>::value)) {
         if (has_epilogue) run(StatisticsActivate<T>{{{x}, finalize, nullptr, 1, nullptr}, epilogue});
       }
       if (!has_epilogue) run(ChannelStatistics<T>{{x}, finalize, nullptr, 1, nullptr});
+      if (launched && too_many && counter != nullptr)
+        launch("count_batch", stream, count_batch<T>, 1, 1, 1, 0, counter);
       if (launched) return;
     }
     const ChannelStatistics<T> statistics{{x}, finalize, partials, splits, coefficients};
