@@ -79,7 +79,7 @@ def test_against_the_formulas(shape, dtype, layout, bounds, device):
     unit = torch.finfo(dtype).eps
     actual = (y, *gradients, module.running_mean, module.running_var)
     for one, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.double(), want, rtol=16 * unit, atol=64 * unit)
+        torch.testing.assert_close(one.double(), want, rtol=16 * unit, atol=256 * unit)
     assert module.num_batches_tracked.item() == 1
 
 
