@@ -94,9 +94,9 @@ class BatchNorm:
             self.mean, self.variance = old_mean, old_var
             deviation = self._x - _per_channel(self.mean, rank)
         self.inv_std = 1 / np.sqrt(self.variance + np.longdouble(eps))
-        self._xhat = deviation * _per_channel(self.inv_std, rank)
+        self.xhat = deviation * _per_channel(self.inv_std, rank)
 
-        weighted = self._xhat * _per_channel(self._weight, rank)
+        weighted = self.xhat * _per_channel(self._weight, rank)
         # The statistics carry an error of their own, as large as a typical deviation's. Where x is float64 there is no
         # wider type to keep a large mean in, and its rounding, relative to the deviation, is added.
         self._lost = np.abs(self.mean) if x.dtype == torch.float64 else np.zeros(channels)
@@ -129,11 +129,11 @@ class BatchNorm:
     def _gradients(self, dy: Exact) -> tuple[Exact, Exact, Exact]:
         rank = self._x.ndim
         gradient = dy.value
-        terms = gradient * self._xhat
+        terms = gradient * self.xhat
         sum_dy = gradient.sum(axis=self._axes)
         sum_dy_xhat = terms.sum(axis=self._axes)
         magnitude_dy = dy.scale.sum(axis=self._axes)
-        magnitude_dy_xhat = (dy.scale * np.abs(self._xhat)).sum(axis=self._axes)
+        magnitude_dy_xhat = (dy.scale * np.abs(self.xhat)).sum(axis=self._axes)
         # The mean is saved in the accumulate type: rounding it shifts every xhat of the channel together.
         shift = np.abs(self.mean) * self.inv_std
 
@@ -143,13 +143,13 @@ class BatchNorm:
             count = max(self._samples, 1)
             mean_dy = _per_channel(sum_dy / count, rank)
             mean_dy_xhat = _per_channel(sum_dy_xhat / count, rank)
-            dx = gradient - mean_dy - self._xhat * mean_dy_xhat
+            dx = gradient - mean_dy - self.xhat * mean_dy_xhat
             per_xhat = (magnitude_dy_xhat + shift * np.abs(sum_dy)) / count
-            dx_scale = (
-                dy.scale
-                + _per_channel((magnitude_dy + shift * np.abs(sum_dy_xhat)) / count, rank)
-                + np.abs(self._xhat) * _per_channel(per_xhat, rank)
-            )
+            means = _per_channel(
+                (magnitude_dy + shift * np.abs(sum_dy_xhat)) / count, rank
+            ) + np.abs(self.xhat) * _per_channel(per_xhat, rank)
+            # What is made of sums comes with their errors, which are as large again as those of the arithmetic here.
+            dx_scale = dy.scale + 2 * means
         return (
             Exact(dx * slope, dx_scale * np.abs(slope)),
             Exact(sum_dy_xhat, magnitude_dy_xhat + shift * np.abs(sum_dy)),

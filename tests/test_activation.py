@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import assert_bitwise, differentiable, storages_saved, without
+from checks import assert_bitwise, differentiable, exact_act, storages_saved, without
 from checks import call_act as call
 from checks import check_call_act as check
 from inputs import DTYPES, LAYOUTS, SHAPES, Arguments, arguments, channels_last, contiguous, every
@@ -20,6 +20,7 @@ from batchnorm_ext.functional import batch_norm_act
 
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "elu", "silu", "hardswish")
 SMOOTH = ("elu", "silu", "hardswish")
+INVERTIBLE = ("identity", "leaky_relu", "elu")
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 RESIDUAL = pytest.mark.parametrize("residual", [True, False], ids=["residual", "no-residual"])
@@ -146,6 +147,26 @@ def test_far_into_the_tails(activation, residual, training, device):
         args.weight.copy_(torch.tensor([1.0, 20.0, -60.0, 0.0]))
         args.bias.copy_(torch.tensor([-100.0, 3.0, 50.0, 0.0]))
     check(args, residual_of(args) if residual else None, activation, training=training)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("spread", [0.0, 1e-3], ids=["dy is xhat", "dy is nearly xhat"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("shape", [(6, 5, 7, 3), (300, 9), (8, 6, 28, 28)], ids=str)
+def test_gradients_that_cancel(shape, activation, spread, layout, device):
+    """Where dy resembles xhat, dx is a small difference of terms made of sums, and keeps the sums' errors."""
+    compared = 0
+    for _ in range(6):
+        args = arguments(shape, device=device, layout=layout)
+        exact = exact_act(args, None, activation, training=True)
+        if exact.clearance() < 1e-6:  # an element may lie on either side of a jump
+            continue
+        xhat = torch.from_numpy(exact.xhat.astype("float64")).to(args.x)
+        args.dy = layout(xhat + spread * torch.randn(shape, device=device))
+        for inplace in {False, activation in INVERTIBLE}:
+            check(args, None, activation, inplace=inplace)
+        compared += 1
+    assert compared
 
 
 @MODES
@@ -557,8 +578,6 @@ def test_what_batch_norm_refuses_is_refused(device):
 
 
 # ---- in place -----------------------------------------------------------------------------------
-
-INVERTIBLE = ("identity", "leaky_relu", "elu")
 
 
 def in_place(args: Arguments, activation: str, residual=None, **options):

@@ -43,7 +43,8 @@ TOLERANCES = {
     "dx": Tolerance(
         8,
         "both coefficients, the two differences and the multiply-add round once each, and the saved inv_std, rounded "
-        "to the accumulate type, enters up to three times.",
+        "to the accumulate type, enters up to three times. The sums' own errors, that of inv_std twice, are as large "
+        "again: the oracle counts terms made of sums double. They show where dy resembles xhat, so that dx cancels.",
         in_float64=24,
     ),
     "dweight": Tolerance(
