@@ -292,6 +292,10 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t columns = row_columns * repeat;
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
+  // A tile reads coefficients once for all its rows, but memory is read best in its order: what counts more depends on
+  // how far apart the rows are, and whether elements must be converted too.
+  const bool in_order = sizeof(E) == sizeof(A) && pitch * static_cast<int64_t>(sizeof(E)) >= 1024;
+  const int64_t tile_rows = in_order ? 1 : rows_together;
   LineWriters<E, Map::outputs> writers;
   for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
@@ -302,10 +306,10 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
     };
     int64_t row = 0;
     if (!stream) {
-      for (; row < whole; row += rows_together) {
+      for (; row < whole; row += tile_rows) {
         const int64_t at = base + row * pitch;
-        map_rows(map, in.at(at), out.at(at), min(rows_together, whole - row), pitch, bits_of(row, 0), mask_pitch,
-                 columns, per_column);
+        map_rows(map, in.at(at), out.at(at), min(tile_rows, whole - row), pitch, bits_of(row, 0), mask_pitch, columns,
+                 per_column);
       }
       if (rest > 0) {
         const int64_t at = base + whole * pitch;
