@@ -114,47 +114,6 @@ BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
 BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16_bits(a));
 }
-
-// Two bfloat16 in each lane of an F32, of which an instruction adds the products to that lane. It takes subnormal
-// numbers for zero.
-#define BN_CPU_HAS_PAIR_PRODUCTS
-struct Pairs {
-  static constexpr int64_t lanes = 2 * F32::lanes;
-  __m512i v;
-};
-template <>
-constexpr bool has_pairs<bfloat16> = true;
-
-BN_HOST_DEVICE Pairs load_pairs(const bfloat16* p) {
-  return {_mm512_loadu_si512(p)};
-}
-// The first `count` < lanes elements and zeros.
-BN_HOST_DEVICE Pairs load_pairs(const bfloat16* p, int64_t count) {
-  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p)};
-}
-BN_HOST_DEVICE F32 add_products(F32 sum, Pairs a, Pairs b) {
-  return F32(_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v));
-}
-BN_HOST_DEVICE Pairs pairs_of_ones() {
-  return {_mm512_set1_epi16(0x3f80)};
-}
-
-// Pairs of the same element of two rows: the first and the second four of each eight.
-BN_HOST_DEVICE Pairs pair_first(Pairs row, Pairs next) {
-  return {_mm512_unpacklo_epi16(row.v, next.v)};
-}
-BN_HOST_DEVICE Pairs pair_second(Pairs row, Pairs next) {
-  return {_mm512_unpackhi_epi16(row.v, next.v)};
-}
-// Their sums as the elements of a row: the first and the second sixteen.
-BN_HOST_DEVICE F32 first_in_order(F32 first, F32 second) {
-  const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-  return F32(_mm512_permutex2var_ps(first.v, order, second.v));
-}
-BN_HOST_DEVICE F32 second_in_order(F32 first, F32 second) {
-  const __m512i order = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
-  return F32(_mm512_permutex2var_ps(first.v, order, second.v));
-}
 #else
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
   return (__m256i)narrow_bfloat16(a);

@@ -250,64 +250,34 @@ BN_CPU_NOINLINE void set_first_centers(const Shape& shape, const E* x, Range cha
   }
 }
 
-// Whether sums of x and x^2 tell the variance: where the mean is at most two standard deviations, subtracting its
-// square multiplies the roundings by five at most. Squares must be normal numbers, and NaN is no answer.
-template <class A>
-BN_CPU_NOINLINE bool tell_variance(const A* s, const A* q, int64_t channels, int64_t samples) {
-  const double count = static_cast<double>(samples), smallest = 1e-30 * count * count;
-  int64_t others = 0;
-  for (int64_t i = 0; i < channels; ++i) {
-    const double square = static_cast<double>(s[i]) * static_cast<double>(s[i]);
-    const double deviation = static_cast<double>(q[i]) * count - square;  // both are count^2 times their means
-    others += deviation >= smallest && square <= 4.0 * deviation ? 0 : 1;
-  }
-  return others == 0;
-}
-
 // Each slab is summed around the mean of the samples before it, and the first around one of its own, so that sums of
-// squares in the accumulate type lose nothing however large the mean is, or one of the samples. Pairs are summed around
-// zero as long as that serves.
+// squares in the accumulate type lose nothing however large the mean is, or one of the samples.
 template <class E, class A>
 BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels,
                                         Range samples, A* center, PartialSums moments) {
   for (int64_t c = channels.begin; c < channels.end; ++c) moments.first[c] = moments.second[c] = 0.0;
   if (samples.size() == 0) return;
-  const Coefficients<A> centers{{center}};
-  const Inputs<E, 1> in{{x}};
+  const A* const pivot = center + channels.begin;
   double* const mean = moments.first + channels.begin;
   double* const m2 = moments.second + channels.begin;
   int64_t merged = 0;
-  bool around_zero = has_pairs<E>;
   for (int64_t begin = samples.begin; begin < samples.end;) {
     const Range slab{begin, slab_end<A>(shape, blocking, begin, samples.end)};
-    const auto add = [&](const A* pivot, const A* s, const A* q) {
-      for (int64_t i = 0; i < channels.size(); ++i) {
-        const Moments<double> before{mean[i], m2[i], merged};
-        const A around = pivot == nullptr ? A(0) : pivot[i];
-        const Moments<double> after = merge(before, moments_from_sums<double>(around, s[i], q[i], slab.size()));
-        mean[i] = after.mean;
-        m2[i] = after.m2;
-      }
-    };
-#if defined(BN_CPU_HAS_PAIR_PRODUCTS)
-    if constexpr (has_pairs<E>) {
-      if (around_zero) {
-        sum_slab(PairStatistics{}, shape, blocking, in, nullptr, channels, slab, centers, [&](const A* s, const A* q) {
-          around_zero = tell_variance(s, q, channels.size(), slab.size());
-          if (around_zero) add(nullptr, s, q);
-        });
-      }
+    if (merged == 0) {
+      set_first_centers(shape, x, channels, slab, center);
+    } else {
+      set_centers<E>(mean, channels.size(), center + channels.begin);
     }
-#endif
-    if (!around_zero) {
-      if (merged == 0) {
-        set_first_centers(shape, x, channels, slab, center);
-      } else {
-        set_centers<E>(mean, channels.size(), center + channels.begin);
-      }
-      sum_slab(Statistics{}, shape, blocking, in, nullptr, channels, slab, centers,
-               [&](const A* s, const A* q) { add(center + channels.begin, s, q); });
-    }
+    sum_slab(Statistics{}, shape, blocking, Inputs<E, 1>{{x}}, nullptr, channels, slab, Coefficients<A>{{center}},
+             [&](const A* s, const A* q) {
+               for (int64_t i = 0; i < channels.size(); ++i) {
+                 const Moments<double> before{mean[i], m2[i], merged};
+                 const Moments<double> after =
+                     merge(before, moments_from_sums<double>(pivot[i], s[i], q[i], slab.size()));
+                 mean[i] = after.mean;
+                 m2[i] = after.m2;
+               }
+             });
     merged += slab.size();
     begin = slab.end;
   }

@@ -75,19 +75,6 @@ struct Statistics : Operation {
   }
 };
 
-#if defined(BN_CPU_HAS_PAIR_PRODUCTS)
-// sum(x) and sum(x^2), two elements a lane: a quarter of the instructions, but for a mean far from zero the variance is
-// lost in the squares.
-struct PairStatistics : Operation {
-  static constexpr int inputs = 1, coefficients = 0;
-
-  BN_HOST_DEVICE void add(Pairs x, F32& s, F32& q) const {
-    s = add_products(s, x, pairs_of_ones());
-    q = add_products(q, x, x);
-  }
-};
-#endif
-
 struct Normalize : Operation {
   static constexpr int inputs = 1, coefficients = 3;
 

@@ -317,10 +317,6 @@ BN_HOST_DEVICE Vec<A> logarithm_of_one_plus(Vec<A> a) {
   return multiply_add(k, V(L::ln2_high), log_m + multiply_add(k, V(L::ln2_low), dropped));
 }
 
-// Whether products of pairs of elements can be added up at once.
-template <class E>
-constexpr bool has_pairs = false;
-
 constexpr int64_t cache_line = 64;
 
 // Copies one line past the caches, so that memory is not read before it is written. Both ends begin a line.

@@ -215,70 +215,6 @@ inline void sum_runs(Sum sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, in
   walk([&](int64_t c) { sum_run<Sum, -1>(sum, in, mask, count, coefficients, c, *sums++); });
 }
 
-#if defined(BN_CPU_HAS_PAIR_PRODUCTS)
-// The same of pairs of elements.
-inline void sum_runs(PairStatistics sum, Inputs<bfloat16, 1> in, const uint8_t*, int64_t count, int64_t pitch, int64_t,
-                     Range channels, const Coefficients<float>&, SumPair<float>* sums) {
-  constexpr int unroll = accumulators;
-  constexpr int64_t lanes = Pairs::lanes;
-  const bfloat16* x = in.of[0];
-  for (int64_t c = channels.begin; c < channels.end; ++c, x += pitch, ++sums) {
-    int64_t i = 0;
-    if (count >= unroll * lanes) {
-      SumPair<float> partial[unroll];
-      for (auto& pair : partial) pair = {F32(0.0f), F32(0.0f)};
-      for (; i + unroll * lanes <= count; i += unroll * lanes) {
-        for (int u = 0; u < unroll; ++u) sum.add(load_pairs(x + i + u * lanes), partial[u].s, partial[u].q);
-      }
-      sums->s += (partial[0].s + partial[1].s) + (partial[2].s + partial[3].s);
-      sums->q += (partial[0].q + partial[1].q) + (partial[2].q + partial[3].q);
-    }
-    for (; i + lanes <= count; i += lanes) sum.add(load_pairs(x + i), sums->s, sums->q);
-    if (i < count) sum.add(load_pairs(x + i, count - i), sums->s, sums->q);
-  }
-}
-
-// As sum_tile, `wide` in vectors of pairs, which are of two rows.
-template <int wide>
-BN_HOST_DEVICE void sum_tile(const PairStatistics& sum, const bfloat16* x, int64_t rows, int64_t pitch, int64_t some,
-                             float* s, float* q) {
-  SumPair<float> first[wide], second[wide];
-  for (int w = 0; w < wide; ++w) first[w] = second[w] = {F32(0.0f), F32(0.0f)};
-  const auto load_row = [&](int64_t r, int w) {
-    const bfloat16* const at = x + r * pitch + w * Pairs::lanes;
-    return wide > 1 || some == Pairs::lanes ? load_pairs(at) : load_pairs(at, some);
-  };
-  const auto add = [&](Pairs row, Pairs next, int w) {
-    sum.add(pair_first(row, next), first[w].s, first[w].q);
-    sum.add(pair_second(row, next), second[w].s, second[w].q);
-  };
-  int64_t r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    for (int w = 0; w < wide; ++w) add(load_row(r, w), load_row(r + 1, w), w);
-  }
-  if (r < rows) {
-    for (int w = 0; w < wide; ++w) add(load_row(r, w), Pairs{}, w);
-  }
-  const auto add_to = [](float* to, F32 one, F32 other) {
-    store(to, load(to) + first_in_order(one, other));
-    store(to + F32::lanes, load(to + F32::lanes) + second_in_order(one, other));
-  };
-  for (int w = 0; w < wide; ++w) {
-    add_to(s + w * Pairs::lanes, first[w].s, second[w].s);
-    add_to(q + w * Pairs::lanes, first[w].q, second[w].q);
-  }
-}
-
-inline void sum_rows(const PairStatistics& sum, Inputs<bfloat16, 1> in, int64_t rows, int64_t pitch, const uint8_t*,
-                     int64_t, int64_t columns, const Coefficients<float>&, float* s, float* q) {
-  constexpr int64_t lanes = Pairs::lanes;
-  const bfloat16* const x = in.of[0];
-  int64_t j = 0;
-  for (; j + 2 * lanes <= columns; j += 2 * lanes) sum_tile<2>(sum, x + j, rows, pitch, lanes, s + j, q + j);
-  for (; j < columns; j += lanes) sum_tile<1>(sum, x + j, rows, pitch, min(lanes, columns - j), s + j, q + j);
-}
-#endif
-
 // Samples [slab.begin, slab.end) of channels [channels.begin, channels.end): merge(s, q) with the channels' sums.
 template <class Sum, class E, class A, class Merge>
 BN_CPU_NOINLINE void sum_planes(const Sum& sum, const Shape& shape, Inputs<E, Sum::inputs> in, const uint8_t* mask,
@@ -335,7 +271,7 @@ inline A sum_of(const A* values, int64_t count) {
 // A channel vector of an operation for each column of a block.
 template <int count, class A>
 struct ColumnCoefficients {
-  alignas(cache_line) A values[max(count, 1)][max_columns + Vec<A>::lanes];
+  alignas(cache_line) A values[count][max_columns + Vec<A>::lanes];
 
   ColumnCoefficients(const Shape& shape, int64_t repeat, Range channels, const Coefficients<A>& coefficients) {
     for (int n = 0; n < count; ++n) spread(shape, repeat, channels, coefficients.of[n], values[n]);
@@ -355,14 +291,13 @@ template <class Sum, class E, class A, class Merge>
 BN_CPU_NOINLINE void sum_columns(const Sum& sum, const Shape& shape, int64_t repeat, Inputs<E, Sum::inputs> in,
                                  const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
                                  Merge merge) {
-  constexpr int64_t padding = 2 * Vec<A>::lanes;  // tiles at the end of a row store whole vectors, or two
-  constexpr int64_t padded = max_columns + padding;
+  constexpr int64_t padded = max_columns + Vec<A>::lanes;
   alignas(cache_line) A s[padded], q[padded];
   const ColumnCoefficients<Sum::coefficients, A> of_columns(shape, repeat, channels, coefficients);
   const Coefficients<A> per_column = of_columns.from(0);
   const int64_t row_columns = channels.size() * shape.inner;
   const int64_t columns = row_columns * repeat;
-  for (int64_t j = 0; j < columns + padding; ++j) s[j] = q[j] = A(0);
+  for (int64_t j = 0; j < columns + Vec<A>::lanes; ++j) s[j] = q[j] = A(0);
 
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t begin = slab.begin / shape.inner, rows = slab.size() / shape.inner;
