@@ -1,8 +1,9 @@
 // A function of each element and its channel's coefficients, in the planes and the columns view. The Map operation is:
 //   Map::inputs, Map::coefficients       how many tensors and how many values per channel it reads
 //   Map::outputs                         how many tensors it writes; of two, either may be missing
-//   Map::mask, Map::heavy                whether it reads or writes a mask, and whether its code is to stand once in a
-//   loop apply(k, in, is_blocked, out)        the results for one vector; k are the coefficients, one vector each
+//   Map::mask                            whether it reads or writes a mask
+//   Map::heavy                           whether its code is to stand once in a loop
+//   apply(k, in, is_blocked, out)        the results for one vector; k are the coefficients, one vector each
 #pragma once
 
 #include "cpu/blocking.h"

@@ -746,7 +746,7 @@ void test_large_means() {
   }
 }
 
-// Sums around zero serve the beginning, or some channels only.
+// What served as center of a channel's beginning is far from its end.
 template <class E>
 void test_means_that_move() {
   for (const Shape& shape : {Shape{9, 6, 3001}, Shape{5003, 20, 1}, Shape{4099, 70, 1}, Shape{300, 9, 49}}) {
