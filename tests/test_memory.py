@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from checks import assert_bitwise, call, differentiable, storages_saved
@@ -207,6 +209,30 @@ def test_results_share_no_memory_with_inputs(training, device):
     outputs = [y, *torch.autograd.grad(y, differentiable(args), args.dy)]
     pointers = {t.untyped_storage().data_ptr() for t in vars(args).values()}
     assert not pointers & {t.untyped_storage().data_ptr() for t in outputs}
+
+
+def tensors_allocated(function: Callable[[], object], nbytes: int) -> int:
+    """How many times the function asks for at least so many bytes."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    sizes = (event for event in profile.profiler.kineto_results.events() if event.nbytes() > 0)
+    return sum(event.nbytes() >= nbytes for event in sizes)
+
+
+@MODES
+@pytest.mark.native
+@pytest.mark.parametrize("layout", **every(LAYOUTS))
+def test_strided_inputs_are_copied_once_and_the_copy_is_overwritten(layout, training):
+    args = arguments((4, 6, 15, 13), layout=layout)
+    nbytes = args.x.numel() * args.x.element_size()
+    y = call(args, training=training)
+    assert tensors_allocated(lambda: call(args, training=training), nbytes) == 1
+    assert (
+        tensors_allocated(
+            lambda: torch.autograd.grad(y, differentiable(args), torch.ones_like(y)), nbytes
+        )
+        == 2
+    )
 
 
 @pytest.mark.gpu

@@ -270,33 +270,44 @@ bool is_recomputing() {
   return torch::autograd::get_current_graph_task_id() != -1;
 }
 
+ForwardArguments forward_arguments(Arguments& arguments, py::handle input, py::handle running_mean,
+                                   py::handle running_var, py::handle weight, py::handle bias,
+                                   py::handle num_batches_tracked, bool training, std::optional<double> momentum,
+                                   double eps, bool skip_nonfinite) {
+  const bool recomputing = training && is_recomputing();
+  const auto updated = [&](py::handle buffer) -> const Tensor& {
+    const Tensor& tensor = arguments.take(buffer);
+    return recomputing ? absent() : tensor;
+  };
+  return {arguments.take(input),
+          arguments.take(weight),
+          arguments.take(bias),
+          updated(running_mean),
+          updated(running_var),
+          updated(num_batches_tracked),
+          training,
+          momentum,
+          eps,
+          skip_nonfinite};
+}
+
 }  // namespace
 
 py::object fast_path(py::handle input_arg, py::handle running_mean_arg, py::handle running_var_arg,
                      py::handle weight_arg, py::handle bias_arg, py::handle num_batches_tracked_arg, bool training,
                      std::optional<double> momentum, double eps, bool skip_nonfinite) {
   Arguments arguments;
-  const Tensor& input = arguments.take(input_arg);
-  const Tensor &running_mean = arguments.take(running_mean_arg), &running_var = arguments.take(running_var_arg);
-  const Tensor &weight = arguments.take(weight_arg), &bias = arguments.take(bias_arg);
-  const Tensor& counter = arguments.take(num_batches_tracked_arg);
-  const bool recomputing = training && is_recomputing();
-  const ForwardArguments call{input,
-                              weight,
-                              bias,
-                              recomputing ? absent() : running_mean,
-                              recomputing ? absent() : running_var,
-                              recomputing ? absent() : counter,
-                              training,
-                              momentum,
-                              eps,
-                              skip_nonfinite};
+  const ForwardArguments call =
+      forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite);
+  const Tensor& input = call.input;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   Tensor output;
   {
     const py::gil_scoped_release no_gil;
     RECORD_FUNCTION("batchnorm_ext::forward", c10::ArrayRef<const c10::IValue>());
-    output = needs_grad(input, weight, bias) ? BatchNorm::forward(call) : forward_call(call, {}, nullptr).output;
+    output =
+        needs_grad(input, call.weight, call.bias) ? BatchNorm::forward(call) : forward_call(call, {}, nullptr).output;
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
 }
@@ -308,21 +319,11 @@ py::object fast_path_act(py::handle input_arg, py::handle residual_arg, py::hand
   const auto activation = activation_of(activation_name);
   if (!activation) return py::none();
   Arguments arguments;
-  const Tensor &input = arguments.take(input_arg), &residual = arguments.take(residual_arg);
-  const Tensor &running_mean = arguments.take(running_mean_arg), &running_var = arguments.take(running_var_arg);
-  const Tensor &weight = arguments.take(weight_arg), &bias = arguments.take(bias_arg);
-  const Tensor& counter = arguments.take(num_batches_tracked_arg);
-  const bool recomputing = training && is_recomputing();
-  const ForwardArguments call{input,
-                              weight,
-                              bias,
-                              recomputing ? absent() : running_mean,
-                              recomputing ? absent() : running_var,
-                              recomputing ? absent() : counter,
-                              training,
-                              momentum,
-                              eps,
-                              skip_nonfinite};
+  const Tensor& residual = arguments.take(residual_arg);
+  const ForwardArguments call =
+      forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite);
+  const Tensor &input = call.input, &weight = call.weight, &bias = call.bias;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   if (residual.defined() && !like(residual, input)) return py::none();
   const bool recorded = needs_grad(input, residual, weight, bias);

@@ -36,7 +36,7 @@ Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, c
   const auto weight = compact(call.weight), bias = compact(call.bias);
   const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
   Normalized result;
-  result.output = fusion != nullptr && fusion->in_place ? x : empty_like_dense(x);
+  result.output = fusion != nullptr && fusion->in_place ? x : empty_or_copy(x, input);
 
   ForwardParams params;
   params.shape = shape_of(x);
@@ -96,7 +96,7 @@ Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusi
   const Tensor residual = need_u ? checked_residual(fusion->residual, x) : Tensor();
   const auto weight = compact(call.weight);
   Gradients result;
-  if (call.need_dx) result.dx = empty_like_dense(dy);
+  if (call.need_dx) result.dx = need_x && !x.is_same(input) ? x : empty_or_copy(dy, grad_output);
   if (fusion != nullptr && fusion->need_dresidual) result.dresidual = empty_like_dense(dy);
   if (call.dweight_dtype) result.dweight = empty_beside(dy, {channels}, *call.dweight_dtype);
   if (call.dbias_dtype) result.dbias = empty_beside(dy, {channels}, *call.dbias_dtype);
@@ -119,22 +119,35 @@ Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusi
   return result;
 }
 
+namespace {
+
+// The optional tensors outlive what is made of them here.
+ForwardArguments forward_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                   const OptionalTensor& num_batches_tracked, bool training,
+                                   std::optional<double> momentum, double eps, bool skip_nonfinite) {
+  return {input,
+          or_undefined(weight),
+          or_undefined(bias),
+          or_undefined(running_mean),
+          or_undefined(running_var),
+          or_undefined(num_batches_tracked),
+          training,
+          momentum,
+          eps,
+          skip_nonfinite};
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                            bool training, std::optional<double> momentum, double eps,
                                            bool skip_nonfinite) {
   Tensor mean = empty_statistic(input), inv_std = empty_statistic(input);
-  const ForwardArguments call{input,
-                              or_undefined(weight),
-                              or_undefined(bias),
-                              or_undefined(running_mean),
-                              or_undefined(running_var),
-                              or_undefined(num_batches_tracked),
-                              training,
-                              momentum,
-                              eps,
-                              skip_nonfinite};
+  const auto call = forward_arguments(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                                      momentum, eps, skip_nonfinite);
   auto result = forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr()}, nullptr);
   return {std::move(result.output), std::move(mean), std::move(inv_std)};
 }
@@ -146,16 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
     double negative_slope, bool with_mask) {
   const Fusion fusion{checked_activation(activation), negative_slope, or_undefined(residual), with_mask};
   Tensor mean = empty_statistic(input), inv_std = empty_statistic(input), shift = empty_statistic(input);
-  const ForwardArguments call{input,
-                              or_undefined(weight),
-                              or_undefined(bias),
-                              or_undefined(running_mean),
-                              or_undefined(running_var),
-                              or_undefined(num_batches_tracked),
-                              training,
-                              momentum,
-                              eps,
-                              skip_nonfinite};
+  const auto call = forward_arguments(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                                      momentum, eps, skip_nonfinite);
   auto result =
       forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr(), shift.mutable_data_ptr()}, &fusion);
   return {std::move(result.output), std::move(mean), std::move(inv_std), std::move(shift), std::move(result.mask)};

@@ -122,7 +122,7 @@ JoinedNormalized normalize_call(const Tensor& input, const OptionalTensor& weigh
   const Tensor x = dense(input);
   const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
   const auto weight = compact(or_undefined(weight_arg)), bias = compact(or_undefined(bias_arg));
-  JoinedNormalized result{empty_like_dense(x), empty_statistic(x), empty_statistic(x)};
+  JoinedNormalized result{empty_or_copy(x, input), empty_statistic(x), empty_statistic(x)};
   ForwardParams params{};
   params.shape = shape_of(x);
   params.dtype = dtype;
@@ -162,7 +162,7 @@ Tensor input_gradient_call(const Tensor& grad_output, const Tensor& input, const
   const Tensor dy = dense_as(grad_output, x);
   const Tensor residual = fusion != nullptr && fusion->need_u() ? checked_residual(fusion->residual, x) : Tensor();
   const auto weight = compact(or_undefined(weight_arg));
-  Tensor dx = empty_like_dense(dy);
+  Tensor dx = x.is_same(input) ? empty_or_copy(dy, grad_output) : x;
   BackwardParams params{};
   params.shape = shape_of(dy);
   params.dtype = dtype;

@@ -92,7 +92,13 @@ inline Tensor empty_like_dense(const Tensor& dense_input) {
   return at::detail::empty_strided_cpu(dense_input.sizes(), dense_input.strides(), dense_input.scalar_type());
 }
 
-// The same of any shape, contiguous, on the device of `input`.
+// For a result in the memory order of `operand`, which is `argument` or the call's own copy of it: the copy's memory,
+// since each element is read before its result is written.
+inline Tensor empty_or_copy(const Tensor& operand, const Tensor& argument) {
+  return operand.is_same(argument) ? empty_like_dense(operand) : operand;
+}
+
+// An uninitialised tensor of any shape, contiguous, on the device of `input`.
 inline Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, at::ScalarType type) {
   if (!input.is_cpu()) return at::empty(sizes, input.options().dtype(type));
   return at::detail::empty_cpu(sizes, type);
