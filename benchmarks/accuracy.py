@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .contenders import Contender, NotApplicable, first_line
+from .contenders import Contender, NotApplicable, first_line, results_of
 from .problem import Problem, errors, make_problem
 from .session import Session, Task
 from .shapes import Case
@@ -65,9 +65,8 @@ def _errors_of(contender: Contender, problem: Problem) -> dict[str, float | None
     found: dict[str, float] = {}
     for op in ("forward", "backward"):
         prepared = contender.prepare(problem, op)
-        assert prepared.read is not None
         problem.reset()
-        results = prepared.read(prepared.call(0))
+        results = results_of(prepared, op)
         problem.reset()
         found |= errors(problem, results, op)
     names = {"running_mean": "mean", "running_var": "variance"}

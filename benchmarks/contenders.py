@@ -22,6 +22,9 @@ KERNEL_OPS = ("forward", "backward", "eval")
 # relu(batch_norm(x) + residual), as at the end of a residual block: forward and backward together.
 FUSED_OPS = ("act_forward_backward",)
 MODULE_OPS = ("module_forward", "module_forward_backward", "module_eval")
+# Ops that record no graph. The mode is set around the timed calls, not in them: to switch it in Python takes longer than
+# the floor's copy of a tiny tensor.
+NO_GRAD_OPS = (*KERNEL_OPS, "module_eval")
 
 # The op of the float64 truth that a module op's results are held against.
 TRUTH_OF = {
@@ -129,12 +132,7 @@ class ModuleOps:
 
     def module_eval(self, problem: Problem) -> Prepared:
         module = self._trained(problem, training=False)
-
-        def call(i: int) -> Tensor:
-            with torch.no_grad():
-                return module(problem.x[i])
-
-        return Prepared(call, OUTPUT)
+        return Prepared(lambda i: module(problem.x[i]), OUTPUT)
 
     def module_forward_backward(self, problem: Problem) -> Prepared:
         module = self._trained(problem, training=True)
@@ -158,13 +156,12 @@ def functional_forward(function: Callable[..., Tensor], problem: Problem, traini
     p = problem
 
     def call(i: int) -> Tensor:
-        with torch.no_grad():
-            return function(
-                *(p.x[i], p.running_mean, p.running_var, p.weight, p.bias),
-                training,
-                p.momentum,
-                p.eps,
-            )
+        return function(
+            *(p.x[i], p.running_mean, p.running_var, p.weight, p.bias),
+            training,
+            p.momentum,
+            p.eps,
+        )
 
     return call
 
@@ -383,8 +380,7 @@ class TorchCompile(ModuleOps, Contender):
         )
 
         def call(i: int) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return compiled(p.dy[i], p.x[i], p.weight, *saved[i][1:])
+            return compiled(p.dy[i], p.x[i], p.weight, *saved[i][1:])
 
         return Prepared(call, GRADIENTS)
 
@@ -444,13 +440,12 @@ class OneDnn(Contender):
         p = problem
 
         def call(i: int) -> Tensor:
-            with torch.no_grad():
-                return F.batch_norm(
-                    *(blocked[i], p.running_mean, p.running_var, p.weight, p.bias),
-                    training,
-                    p.momentum,
-                    p.eps,
-                )
+            return F.batch_norm(
+                *(blocked[i], p.running_mean, p.running_var, p.weight, p.bias),
+                training,
+                p.momentum,
+                p.eps,
+            )
 
         return Prepared(call, lambda y: read(self._dense(y)))
 
@@ -492,6 +487,12 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def results_of(prepared: Prepared, op: str) -> dict[str, Tensor]:
+    """What one call finds; nothing where there is nothing to check."""
+    with torch.set_grad_enabled(op not in NO_GRAD_OPS):
+        return prepared.read(prepared.call(0)) if prepared.read else {}
+
+
 def verified(contenders: Mapping[str, Contender], problem: Problem, op: str) -> Outcome:
     """Prepare each contender and check its results; one that fails is excluded, with the reason."""
     outcome = Outcome()
@@ -503,7 +504,7 @@ def verified(contenders: Mapping[str, Contender], problem: Problem, op: str) -> 
             reason = None
             if prepared.read:
                 problem.reset()
-                results = prepared.read(prepared.call(0))
+                results = results_of(prepared, op)
                 problem.reset()
                 reason = wrong(problem, results, TRUTH_OF.get(op, op))
         except NotApplicable:

@@ -40,6 +40,7 @@ from .contenders import (
     TRUTH_OF,
     BatchnormExt,
     first_line,
+    results_of,
     torch_module,
 )
 from .problem import TOLERANCE, TOLERANCE_OF_RELU, Problem, make_problem, wrong
@@ -460,8 +461,7 @@ def _exercised(truth: Problem, op: str) -> str | None:
     problem = _with_own_vectors(truth)
     prepared = BatchnormExt().prepare(problem, op)
     problem.reset()
-    results = prepared.read(prepared.call(0)) if prepared.read else {}
-    return wrong(truth, results, TRUTH_OF.get(op, op))
+    return wrong(truth, results_of(prepared, op), TRUTH_OF.get(op, op))
 
 
 def _exercised_cumulative(truth: Problem) -> str | None:

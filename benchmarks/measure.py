@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from .contenders import FUSED_OPS, KERNEL_OPS, MINIMUM_TRAFFIC, MODULE_OPS, first_line, verified
+from .contenders import (
+    FUSED_OPS,
+    KERNEL_OPS,
+    MINIMUM_TRAFFIC,
+    MODULE_OPS,
+    NO_GRAD_OPS,
+    first_line,
+    verified,
+)
 from .problem import make_problem
 from .session import Session, Task
 from .shapes import Case, scaling, tiny
@@ -105,10 +113,11 @@ def time_calls(
     bytes_min: int | None = None,
 ) -> None:
     """Time calls in interleaved rounds and record a row for each contender."""
-    samplers = _samplers(session, case, op, calls, buffers)
-    if not samplers:
-        return
-    samples = interleave(samplers, seconds, session.order)
+    with torch.set_grad_enabled(op not in NO_GRAD_OPS):
+        samplers = _samplers(session, case, op, calls, buffers)
+        if not samplers:
+            return
+        samples = interleave(samplers, seconds, session.order)
     times = {name: _microseconds(summarize(found)) for name, found in samples.items()}
     for name, found in samples.items():
         extra: dict[str, Any] = {}

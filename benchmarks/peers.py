@@ -69,12 +69,9 @@ class Apex(Contender):
     def _forward(self, problem: Problem, training: bool) -> Prepared:
         module = self._module(problem).train(training)
         rows = [self._rows(x) for x in problem.x]
-
-        def call(i: int) -> Tensor:
-            with torch.no_grad():
-                return module(rows[i])
-
-        return Prepared(call, lambda y: _results(module, y.permute(0, 3, 1, 2), training))
+        return Prepared(
+            lambda i: module(rows[i]), lambda y: _results(module, y.permute(0, 3, 1, 2), training)
+        )
 
     def forward(self, problem: Problem) -> Prepared:
         return self._forward(problem, training=True)
@@ -116,12 +113,7 @@ class InplaceAbn(Contender):
     def _forward(self, problem: Problem, training: bool) -> Prepared:
         module = self._module(problem).train(training)
         x = [one.clone() for one in problem.x]
-
-        def call(i: int) -> Tensor:
-            with torch.no_grad():
-                return module(x[i])
-
-        return Prepared(call, lambda y: _results(module, y, training))
+        return Prepared(lambda i: module(x[i]), lambda y: _results(module, y, training))
 
     def forward(self, problem: Problem) -> Prepared:
         return self._forward(problem, training=True)

@@ -474,6 +474,26 @@ def test_measurement_makes_rows_of_the_schema() -> None:
         assert row["floor_us"] == floor["median_us"]
 
 
+class NotesGradientMode(BatchnormExt):
+    """As this package, and what the mode was when it was called."""
+
+    def prepare(self, problem, op) -> Prepared:
+        prepared = super().prepare(problem, op)
+        modes = self.modes = set()
+        return replace(
+            prepared, call=lambda i: (modes.add(torch.is_grad_enabled()), prepared.call(i))[1]
+        )
+
+
+@pytest.mark.parametrize("op", [*KERNEL_OPS, *FUSED_OPS, *MODULE_OPS])
+def test_calls_record_a_graph_only_where_the_op_needs_one(op: str) -> None:
+    contender = NotesGradientMode()
+    session = make_session([contender])
+    session.run(layer_tasks([SMALL], (op,)), 0.5)
+    assert [row["op"] for row in session.record.rows] == [op]
+    assert contender.modes == {op in (*FUSED_OPS, "module_forward", "module_forward_backward")}
+
+
 def test_budget_skips_what_comes_too_late() -> None:
     session = make_session([Floor()])
     slow = Task("slow", lambda session, seconds: time.sleep(0.05))
