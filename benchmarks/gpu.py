@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,14 +53,16 @@ EXIT_NO_GPU = 3
 EXIT_LOST = 4
 GRACE_S = 15
 KILLED_S = 5
-SECONDS = "{seconds}"
+SECONDS, UNTIL = "{seconds}", "{until}"
 SAVING_SHARE = 0.85
 MEMORY_PER_JOB = 4 << 30
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
+NO_HAZARD, SOME_PASSED = r"SUMMARY: 0 (errors|hazards)", r"\b[1-9]\d* passed"
 # Test files of their own stage: streams, graphs, processes and compilers, which can hang or end a process.
 SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_benchmarks.py")
-# Those that come first: a stage that overruns should have seen what matters most.
+# Those that come first, before the others from short to long: a stage that overruns should have seen
+# what matters most, and something of everything.
 FIRST_TESTS = ("test_batch_norm.py", "test_running_statistics.py", "test_numerics.py")
 WORKERS = max(1, min(8, available_threads() // 2))
 TEST_S = 90
@@ -78,7 +81,10 @@ class Stage:
     share
         Its part of the budget, relative to the other stages.
     command
-        What is run; `SECONDS` in it stands for the time after which it should save and end.
+        What is run; `SECONDS` in it stands for the time after which it should save and end, `UNTIL` for
+        the same as a moment of `time.time`.
+    proof
+        What the end of its output must match, if given: that it did what it was to do.
     decides
         Whether the exit code depends on it.
     at_once
@@ -93,6 +99,7 @@ class Stage:
     decides: bool = True
     environment: dict[str, str] = field(default_factory=dict)
     at_once: str = ""
+    proof: str = ""
     state: str = "not run"
     seconds: float = 0.0
     limit_s: float = 0.0
@@ -104,8 +111,11 @@ class Stage:
         """Run the command; past the limit it is interrupted, then killed with all it started."""
         self.limit_s = round(limit_s, 1)
         start = time.monotonic()
-        seconds = f"{SAVING_SHARE * limit_s:.0f}"
-        command = [part.replace(SECONDS, seconds) for part in self.command]
+        seconds = SAVING_SHARE * limit_s
+        until = f"{time.time() + seconds:.0f}"
+        command = [
+            part.replace(SECONDS, f"{seconds:.0f}").replace(UNTIL, until) for part in self.command
+        ]
         output.write(f"\n==== {self.name}: {' '.join(command)}\n".encode())
         output.flush()
         begin = output.tell()
@@ -131,6 +141,8 @@ class Stage:
         self.seconds = round(time.monotonic() - start, 1)
         output.seek(begin)
         self.tail = output.read()[-2000:].decode(errors="replace")
+        if self.state == "passed" and not re.search(self.proof, self.tail):
+            self.state, self.note = "failed", f"nothing in its last words matches {self.proof}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -243,13 +255,14 @@ def _checking_stages(out: Path) -> list[Stage]:
     limits = [python, "-m", "benchmarks.device_limits", str(out / "device_limits.json")]
     layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
     layers += ["--dtype", "bfloat16", "float32"]
-    files = sorted(
-        (path.name for path in (ROOT / "tests").glob("test_*.py")),
-        key=lambda name: (name not in FIRST_TESTS, name),
+    paths = sorted(
+        (ROOT / "tests").glob("test_*.py"),
+        key=lambda path: (path.name not in FIRST_TESTS, path.stat().st_size),
     )
+    files = [path.name for path in paths]
     one_thread = {"OMP_NUM_THREADS": "1"}  # of many processes
     stages = [
-        Stage("exercise", [*itself, "--exercise", "--seconds", SECONDS], share=12),
+        Stage("exercise", [*itself, "--exercise", "--until", UNTIL], share=12),
         Stage("device limits", limits, share=6, decides=False),
         Stage("layers", [*benchmark, *layers, *measured], share=24, decides=False),
         Stage(
@@ -257,18 +270,27 @@ def _checking_stages(out: Path) -> list[Stage]:
             _pytest([name for name in files if name not in SYSTEM_TESTS], WORKERS),
             share=18,
             environment=one_thread,
+            proof=SOME_PASSED,
         ),
-        Stage("system tests", _pytest(SYSTEM_TESTS, max(1, WORKERS // 2)), share=14),
+        Stage(
+            "system tests",
+            _pytest(SYSTEM_TESTS, max(1, WORKERS // 2)),
+            share=14,
+            proof=SOME_PASSED,
+        ),
     ]
     sanitizer = _tool("compute-sanitizer")
     for tool in SANITIZERS:
         # Torch's own kernels are not what is looked at, nor errors of the API that it handles itself.
         options = ["--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
         options += ["--kernel-name", "kns=batchnorm_ext", "--report-api-errors", "no"]
+        # Without the last, it gives up on a program that takes long to import torch.
+        options += ["--launch-timeout", "0"]
         stage = Stage(
             tool,
-            [sanitizer, *options, *_exercise_command(0, SECONDS)] if sanitizer else [],
+            [sanitizer, *options, *_exercise_command(0, UNTIL)] if sanitizer else [],
             share=6,
+            proof=NO_HAZARD,
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **one_thread},
             at_once="sanitizers",
         )
@@ -277,7 +299,7 @@ def _checking_stages(out: Path) -> list[Stage]:
     profiler = _tool("ncu")
     counted = ["--clock-control", "none", "--csv", "--log-file", str(out / "traffic.csv")]
     counted += ["--metrics", ",".join(COUNTERS), "--kernel-name-base", "demangled"]
-    counted += ["--kernel-name", "regex:batchnorm_ext", *itself, "--traffic"]
+    counted += ["--kernel-name", "regex:.*batchnorm_ext.*", *itself, "--traffic"]
     traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
     traffic.note = "" if profiler else "ncu was not found"
     return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 10, False)]
@@ -357,9 +379,12 @@ def exercise_cases() -> list[Case]:
 
 
 def exercise(
-    device: str, cases: Sequence[Case], first: int = 0, seconds: float = float("inf")
+    device: str, cases: Sequence[Case], first: int = 0, until: float = float("inf")
 ) -> list[str]:
     """Run every op on every case; returns what is wrong. The truth is torch's arithmetic in float64.
+
+    Ends at `until`, a moment of `time.time`: what it takes to start a process, long under a
+    sanitizer, is part of the time that there is.
 
     Raises
     ------
@@ -367,11 +392,11 @@ def exercise(
         An error after which no kernel runs in this process.
     """
     failures = []
-    deadline = time.monotonic() + seconds
     for index in range(first, len(cases)):
-        if time.monotonic() > deadline:
-            print(f"no time for the last {len(cases) - index} of {len(cases)} cases", flush=True)
-            break
+        if time.time() > until:
+            reason = f"no time for the last {len(cases) - index} of {len(cases)} cases"
+            print(reason, flush=True)
+            return failures if index > first else [reason]
         case = cases[index]
         print(f"case {index}: {case}", flush=True)
         for name, run in _exercises(make_problem(case, device), index):
@@ -411,15 +436,13 @@ def _still_there(device: str) -> None:
         raise DeviceLost(first_line(error)) from None
 
 
-def exercise_in_processes(seconds: float) -> int:
+def exercise_in_processes(until: float) -> int:
     """Exercise all cases; one that hangs or costs the process its device costs no other case."""
-    deadline = time.monotonic() + seconds
-    first, lost, failed = 0, 0, False
+    first, lost, failed = 0, 0, time.time() >= until
     count = len(exercise_cases())
-    while first < count and lost <= MAX_LOST and time.monotonic() < deadline:
-        left = f"{deadline - time.monotonic():.0f}"
+    while first < count and lost <= MAX_LOST and time.time() < until:
         process = subprocess.Popen(
-            _exercise_command(first, left),
+            _exercise_command(first, str(until)),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -434,8 +457,8 @@ def exercise_in_processes(seconds: float) -> int:
     return 1 if failed else 0
 
 
-def _exercise_command(first: int, seconds: str) -> list[str]:
-    own = ["--exercise-from", str(first), "--seconds", seconds]
+def _exercise_command(first: int, until: str) -> list[str]:
+    own = ["--exercise-from", str(first), "--until", until]
     return [sys.executable, "-m", "benchmarks.gpu", *own]
 
 
@@ -595,7 +618,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=540, help="seconds (%(default)s)")
     parser.add_argument("--exercise", action="store_true", help="only run each kernel once")
     parser.add_argument("--exercise-from", type=int, metavar="CASE", help="in this process")
-    parser.add_argument("--seconds", type=float, default=600, help="of an exercise (%(default)s)")
+    parser.add_argument("--until", type=float, default=float("inf"), help="end of an exercise")
     parser.add_argument("--traffic", action="store_true", help="only large calls, for a profiler")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -608,14 +631,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traffic()
         return 0
     if options.exercise:
-        return exercise_in_processes(options.seconds)
+        return exercise_in_processes(options.until)
     if options.exercise_from is not None:
         try:
-            failures = exercise("cuda", exercise_cases(), options.exercise_from, options.seconds)
+            failures = exercise("cuda", exercise_cases(), options.exercise_from, options.until)
         except DeviceLost as error:
             print(f"the device is lost: {error}", flush=True)
             os._exit(EXIT_LOST)  # what is left to do for the device would only fail
-        print(f"{len(failures)} results are wrong" if failures else "every result is right")
+        print(f"failures: {len(failures)}" if failures else "every result is right")
         return 1 if failures else 0
     return run_all(options.out.resolve(), options.budget)
 

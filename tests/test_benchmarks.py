@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -857,15 +858,18 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
         stage("endless", "import time; time.sleep(600)", share=0.05),
         gpu.Stage("absent", [], 1.0),
         gpu.Stage("not a program", ["/does/not/exist"], 1.0),
-        stage("last", f"assert float('{gpu.SECONDS}') > 0"),
+        stage("silent", "pass", proof=r"[1-9]\d* passed"),
+        stage("last", f"assert float('{gpu.SECONDS}') > 0; print('12 passed')", proof="12 passed"),
     ]
     reports: list[list[str]] = []
     gpu.run_stages(stages, 60, {}, log, lambda: reports.append([one.state for one in stages]))
-    states = ["passed", "failed", "overran", "skipped", "failed", "passed"]
+    states = ["passed", "failed", "overran", "skipped", "failed", "failed", "passed"]
     assert reports[-1] == states
     assert len(reports) == len(stages)
     assert stages[0].tail.strip() == "said"
     assert stages[1].exit_code == 7
+    assert stages[5].exit_code == 0
+    assert "passed" in stages[5].note
     assert "==== endless" in log.read_text()
     assert not gpu.passed(stages)
     assert gpu.passed([stages[0], stages[-1]])
@@ -952,6 +956,13 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     assert sorted(tested) == sorted(
         f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py")
     )
+    for one in checking[1:]:  # pytest that skips everything, a sanitizer that looked at nothing
+        ends = ["= 0 passed, 12 skipped in 1s =", "= 12 skipped in 1s =", "Error: timed-out"]
+        assert not any(re.search(one.proof, end) for end in ends)
+        ends = ["= 3 failed, 12 passed, 1 skipped in 1s ="]
+        ends += ["ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors)"]
+        assert any(re.search(one.proof, end) for end in ends)
+        assert not re.search(one.proof, "RACECHECK SUMMARY: 10 hazards displayed (0 errors)")
     assert set(tested[: len(gpu.FIRST_TESTS)]) == {f"tests/{name}" for name in gpu.FIRST_TESTS}
     monkeypatch.setattr(gpu, "_tool", lambda name: "")
     absent = [one for one in gpu._checking_stages(tmp_path) if one.name in gpu.SANITIZERS]
@@ -994,15 +1005,22 @@ def test_exercise_finds_nothing_wrong(case: Case, device: str) -> None:
     assert gpu.exercise(device, [case]) == []
 
 
-def test_exercise_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.exercise("cpu", [SMALL, SMALL], seconds=-1) == []
-    assert "no time for the last 2 of 2 cases" in capsys.readouterr().out
+def test_exercise_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was not reached is said; that nothing was reached is a failure."""
+    assert gpu.exercise("cpu", [SMALL, SMALL], until=0) == ["no time for the last 2 of 2 cases"]
+    assert gpu.exercise_in_processes(until=0) == 1
+    times = iter([1])
+    monkeypatch.setattr(gpu.time, "time", lambda: next(times, 3))
+    assert gpu.exercise("cpu", [SMALL, SMALL], until=2) == []
+    assert "no time for the last 1 of 2 cases" in capsys.readouterr().out
 
 
 def test_exercise_goes_on_behind_a_case_that_costs_the_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stand_in(first: int, seconds: str) -> list[str]:
+    def stand_in(first: int, until: str) -> list[str]:
         """Loses the device at case 1 and says nothing any more at case 3."""
         ends = {0: "sys.exit(4)", 2: "time.sleep(600)"}.get(first, "")
         code = (
@@ -1012,7 +1030,7 @@ def test_exercise_goes_on_behind_a_case_that_costs_the_device(
 
     monkeypatch.setattr(gpu, "STALLED_S", 5)
     monkeypatch.setattr(gpu, "_exercise_command", stand_in)
-    assert gpu.exercise_in_processes(120) == 1
+    assert gpu.exercise_in_processes(time.time() + 120) == 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("case ")]
     assert told[2] == "case 1 ended its process: 4"
     assert told[5] == "case 3 ended its process: -9"
