@@ -396,8 +396,9 @@ class TorchCompile(ModuleOps, Contender):
 @cache
 def _compiler_missing() -> str | None:
     """Why torch.compile cannot work here: found out by compiling something small."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(4))
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(4, device=device))
     except Exception as error:  # whatever Inductor raises, it is the reason to report
         return f"torch.compile does not work here: {first_line(error)}"
     return None

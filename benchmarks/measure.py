@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +126,7 @@ def time_calls(
             ratio = ratio_of_medians(found, samples[OURS], session.seed)
             extra |= zip(("ratio", "ratio_low", "ratio_high"), map(_digits, ratio), strict=True)
         if session.device == "cuda":
-            launches = _launches(calls[name])
+            launches = _launches(session, (case, op, name), calls[name])
             extra |= {"launches": launches} if launches else {}
         else:
             extra["threads"] = torch.get_num_threads()
@@ -160,12 +161,16 @@ def _samplers(
     return samplers
 
 
-def _launches(call: Call) -> int | None:
-    """What `count_launches` finds; None where there is no profiler, or a peer does not survive it."""
-    try:
-        return count_launches(call)
-    except Exception:
-        return None
+def _launches(session: Session, what: tuple[Case, str, str], call: Call) -> int | None:
+    """What `count_launches` finds, once for all states of the cache, since profiling takes its time.
+
+    None where there is no profiler, or a peer does not survive it.
+    """
+    if what not in session.launches:
+        session.launches[what] = None
+        with suppress(Exception):
+            session.launches[what] = count_launches(call)
+    return session.launches[what]
 
 
 def _microseconds(summary: Summary) -> dict[str, float]:

@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from batchnorm_ext._build import Toolkit  # noqa: E402
-from benchmarks import commands, demo, device_limits, gpu, shapes  # noqa: E402
+from benchmarks import commands, demo, device_limits, gpu, measure, shapes  # noqa: E402
 from benchmarks.accuracy import measure_accuracy  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     FUSED_OPS,
@@ -273,6 +273,19 @@ def test_wall_sampler_waits_for_blocks_of_calls_no_longer_than_needed(
     before = clock[0]
     assert sample() == pytest.approx(seconds)
     assert clock[0] - before == pytest.approx(calls * seconds)
+
+
+def test_launches_are_counted_once_for_all_states_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session("cuda", 1, Record({}), {})
+    counts = iter([3])
+    monkeypatch.setattr(measure, "count_launches", lambda call: next(counts))
+    found = [
+        measure._launches(session, (SMALL, op, "peer"), lambda index: None)
+        for op in ("forward", "forward", "backward", "backward")
+    ]
+    assert found == [3, 3, None, None]
 
 
 def test_cold_buffers_exceed_the_cache_unless_one_call_does() -> None:
