@@ -66,21 +66,7 @@ inline void check_device(const at::Tensor& input) {
 
 inline void run(const ForwardParams& params, const at::Tensor& input) {
 #ifdef BATCHNORM_EXT_WITH_CUDA
-  if (input.is_cuda()) {
-    ForwardParams call = params;
-    at::Tensor statistics;
-    if (call.mean == nullptr && call.record == nullptr) {
-      // The kernels hand statistics on in memory, whether or not they are kept. A shift makes it a fused call, which
-      // unlike plain batch norm may overwrite its input.
-      const int64_t bytes = call.shape.channels * static_cast<int64_t>(sizeof(double));
-      statistics = at::empty({3 * bytes}, input.options().dtype(at::kByte));
-      char* const first = static_cast<char*>(statistics.mutable_data_ptr());
-      call.mean = first;
-      call.inv_std = first + bytes;
-      if (call.y == call.x) call.shift = first + 2 * bytes;
-    }
-    return run_on_cuda(call, input, cuda::forward_workspace_bytes, cuda::forward);
-  }
+  if (input.is_cuda()) return run_on_cuda(params, input, cuda::forward_workspace_bytes, cuda::forward);
 #endif
   cpu::forward(params, torch_executor());
 }

@@ -103,8 +103,8 @@ BN_HOST_DEVICE int64_t mask_bytes(const Shape& shape) {
 
 // Training (batch_statistics): statistics of x normalise, are saved, and update `running`.
 // Evaluation: `running` mean and variance normalise and are only read.
-// x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type, on the CPU
-// unless they are null. y may be x.
+// x and y have `shape`; `mean` and `inv_std` are saved for backward in accumulate_t of the element type, unless they
+// are null. y may be x.
 struct ForwardParams {
   Shape shape;
   DType dtype;  // of x and y

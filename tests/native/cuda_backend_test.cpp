@@ -850,6 +850,31 @@ void in_place() {
   }
 }
 
+// A caller that has no use for the statistics gets the same output, and the same in evaluation.
+void statistics_not_kept() {
+  for (const Shape shape : {Shape{12, 6, 37}, Shape{3, 2, 1500}, Shape{60, 40, 1}}) {
+    for (const DType dtype : {DType::float64, DType::bfloat16}) {
+      for (const bool training : {true, false}) {
+        Case c{"statistics not kept", shape, dtype};
+        c.training = training;
+        std::vector<Case> cases{c, streaming(c)};
+        if (const auto by_grid = grouped(c, cuda::Exchange::grid)) cases.push_back(*by_grid);
+        for (const Case& way : cases) {
+          Tensors kept = inputs(way), dropped = inputs(way);
+          const Buffer unwritten = dropped.mean;
+          run(way, forward_params(way, kept));
+          ForwardParams params = forward_params(way, dropped);
+          params.mean = params.inv_std = nullptr;
+          run(way, params);
+          report(kept.y.bytes() == dropped.y.bytes() && kept.running_var.bytes() == dropped.running_var.bytes() &&
+                     dropped.mean.bytes() == unwritten.bytes(),
+                 way.name, "differs from a call that keeps them");
+        }
+      }
+    }
+  }
+}
+
 void empty() {
   for (const Shape shape : {Shape{0, 4, 9}, Shape{4, 0, 9}, Shape{4, 3, 0}, Shape{0, 0, 0}}) {
     Case c{"empty", shape, DType::float32};
@@ -1163,6 +1188,7 @@ int main() {
   numerics();
   nonfinite();
   in_place();
+  statistics_not_kept();
   large_clusters();
   joined();
   epilogues();
