@@ -15,7 +15,11 @@ PACKAGE := setup.py pyproject.toml $(shell find batchnorm_ext csrc -name '*.py' 
   -o -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help test demo bench lint format emulate cuda cuda-check gpu clean
+# What the kernels have a part in. Tests that compile, fork servers or watch the build have not.
+EMULATED_TESTS := $(patsubst %,tests/test_%.py,activation batch_norm data_parallel derivatives distributed errors \
+  fusion memory mixed_precision modules numerics properties renorm running_statistics torch_samples torch_utilities)
+
+.PHONY: help test demo bench lint format emulate emulate-python cuda cuda-check gpu clean
 help:
 	@echo "make demo        train a network with nn.BatchNorm2d and with ours, side by side"
 	@echo "make test        all tests, on the native module and on the pure-PyTorch path"
@@ -23,6 +27,7 @@ help:
 	@echo "make lint        ruff, clang-format and mypy"
 	@echo "make format      let ruff and clang-format rewrite the files"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers"
+	@echo "make emulate-python  run the Python tests on those kernels, as if they were the CPU's"
 	@echo "make cuda        build for CUDA against torch $(CUDA_TORCH) and test what needs no GPU"
 	@echo "make cuda-check  compile the CUDA kernels for all architectures and report spills"
 	@echo "make gpu OUT=dir everything a machine with a GPU should run; results in dir"
@@ -67,6 +72,9 @@ bench: $(VENV)/installed.stamp
 
 emulate:
 	$(MAKE) --no-print-directory -C tests/native emulate
+
+emulate-python: $(VENV)/requirements.stamp
+	$(BIN)/python tests/native/cuda_module.py $(EMULATED_TESTS)
 
 cuda: $(CUDA_VENV)/installed.stamp
 	BATCHNORM_EXT_BACKEND=prebuilt $(CUDA_BIN)/pytest tests -m "not slow"
