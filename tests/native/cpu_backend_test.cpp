@@ -1,5 +1,5 @@
 // Tests the CPU backend without torch: every instruction set, element type, layout and thread count against a long
-// double oracle. Build: g++ -std=c++17 -O2 -pthread -Icsrc tests/native/cpu_backend_test.cpp csrc/cpu/*.cpp
+// double oracle.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
