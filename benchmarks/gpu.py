@@ -267,15 +267,16 @@ def _checking_stages(out: Path) -> list[Stage]:
         Stage("layers", [*benchmark, *layers, *measured], share=24, decides=False),
         Stage(
             "tests",
-            _pytest([name for name in files if name not in SYSTEM_TESTS], WORKERS),
+            _pytest(name for name in files if name not in SYSTEM_TESTS),
             share=18,
             environment=one_thread,
             proof=SOME_PASSED,
         ),
         Stage(
             "system tests",
-            _pytest(SYSTEM_TESTS, max(1, WORKERS // 2)),
+            _pytest(SYSTEM_TESTS),
             share=14,
+            environment=one_thread,
             proof=SOME_PASSED,
         ),
     ]
@@ -305,7 +306,7 @@ def _checking_stages(out: Path) -> list[Stage]:
     return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 10, False)]
 
 
-def _pytest(files: Iterable[str], workers: int) -> list[str]:
+def _pytest(files: Iterable[str]) -> list[str]:
     """Each test's name before it runs, and where one hangs: a log that ends early says why.
 
     In several processes, since most of a test is its oracle, on the CPU. Where a test costs one of
@@ -314,7 +315,7 @@ def _pytest(files: Iterable[str], workers: int) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=40"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TEST_S * 2 // 3}"]
     if find_spec("xdist"):
-        command += ["-n", str(workers), "--max-worker-restart", "16"]
+        command += ["-n", str(WORKERS), "--max-worker-restart", "16"]
     if find_spec("pytest_timeout"):
         command += ["--timeout", str(TEST_S), "--timeout-method", "thread"]
     return [*command, *(f"tests/{name}" for name in files)]
