@@ -154,10 +154,15 @@ def spread(cases: Sequence[Case], wanted: int) -> list[Case]:
 
 
 def scattered(cases: Sequence[Case]) -> list[Case]:
-    """The cases in an order of which any beginning is spread over all of them: bits reversed."""
-    bits = max(1, (len(cases) - 1).bit_length())
-    order = sorted(range(len(cases)), key=lambda index: f"{index:0{bits}b}"[::-1])
-    return [cases[index] for index in order]
+    """The cases in an order of which any beginning is spread over all of them, by the golden section.
+
+    Steps that share no divisor with the length also take turns in what alternates from case to
+    case, such as dtypes and layouts.
+    """
+    count = len(cases)
+    steps = (step for step in range(round(0.618 * count), count) if math.gcd(step, count) == 1)
+    step = next(steps, 1)
+    return [cases[index * step % count] for index in range(count)]
 
 
 def cpu_shapes() -> list[Case]:

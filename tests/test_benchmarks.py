@@ -462,12 +462,18 @@ def test_wrong_contender_is_reported_and_not_timed(contender: type, reason: str)
 
 
 def test_scattered_cases_are_all_there_and_spread_early() -> None:
-    cases = [replace(SMALL, count=index + 1) for index in range(21)]
-    order = [case.count - 1 for case in shapes.scattered(cases)]
-    assert sorted(order) == list(range(21))
-    assert sorted(order[:4]) == [0, 4, 8, 16]
-    assert shapes.scattered(cases[:1]) == cases[:1]
-    assert shapes.scattered([]) == []
+    for count in range(120):
+        cases = [replace(SMALL, count=index) for index in range(count)]
+        order = [case.count for case in shapes.scattered(cases)]
+        assert sorted(order) == list(range(count))
+        if count > 60:
+            begun = sorted(order[:8])
+            ends = [*begun[1:], begun[0] + count]
+            assert max(b - a for a, b in zip(begun, ends, strict=True)) < 3 * count / 8
+    begun = gpu.exercise_cases()[:8]
+    assert {case.dtype for case in begun} == set(shapes.DTYPES)
+    assert {case.layout for case in begun} == set(shapes.LAYOUTS)
+    assert len({case.name for case in begun}) > 4
 
 
 # ----------------------------------------------------------------------------- sessions and schema
