@@ -75,12 +75,8 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
     });
   };
-
-#pragma unroll 1
-  while (group.tile() < groups.tiles) {
-    const Tile tile = Walk::tile(view, group.tile());
-    Walk copying(view, tile, group.rank());
-    for_each_chunk<kCopyUnroll, kVector, Op::kEpilogueInSums>(copying, [&](const auto& slots, auto whole, int index) {
+  const auto copy_chunk = [&](Walk& walk, int index) {
+    visit_chunk<kCopyUnroll, kVector, Op::kEpilogueInSums>(walk, index, [&](const auto& slots, auto whole, int) {
       Pack<T, kVector> packs[Op::kInputs][kCopyUnroll];
       if (kAsyncCopies && whole.value) {
         for_each_word(packs, [&](const auto&, int u, int i, int w) {
@@ -90,11 +86,20 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       } else {
         load<Reuse::none>(whole, packs, op.inputs, slots);
         for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
-          if (whole.value || index + u < copying.count()) kept[place(index + u, i, w)] = word_of(pack, w);
+          if (whole.value || index + u < walk.count()) kept[place(index + u, i, w)] = word_of(pack, w);
         });
       }
-      commit_copies();
     });
+    commit_copies();
+  };
+
+#pragma unroll 1
+  while (group.tile() < groups.tiles) {
+    const Tile tile = Walk::tile(view, group.tile());
+    if (!kAsyncCopies || group.is_first_tile()) {
+      Walk copying(view, tile, group.rank());
+      for (int index = 0; index < copying.count(); index += kCopyUnroll) copy_chunk(copying, index);
+    }
 
     Walk walk(view, tile, group.rank());
     typename Op::Accumulator sums[kSums];
@@ -118,13 +123,20 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     if (groups.size > 1) merge_group<kThreads>(op, groups, group, tile, of_tile);
     __syncthreads();
 
+    // The next tile's vectors take the places of those that are mapped, and so come while these are stored and the
+    // group exchanges. None can come before its place was read, by the same thread: before the copy, in the order of
+    // the program, what was read is stored, unless no one wants it. Threads have as many vectors in each tile.
+    const bool refills = kAsyncCopies && group.next_tile() < groups.tiles;
     Walk again(view, tile, group.rank());
     Coefficients coefficients[kSums];
     take_coefficients(coefficients, of_tile, again);
+    Walk following(view, Walk::tile(view, refills ? group.next_tile() : group.tile()), group.rank());
     for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
+      static_assert(!kAsyncCopies || Op::kMapUnroll == kCopyUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
       take_kept(packs, whole, index, again.count());
       map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
+      if (refills) copy_chunk(following, index);
     });
     group.end_tile();
   }

@@ -44,6 +44,8 @@ class BlockGroup {
   __device__ int rank() const { return static_cast<int>(blockIdx.x % static_cast<unsigned>(groups_.size)); }
   // The tile whose turn it is; none when not less than groups.tiles.
   __device__ int tile() const { return index() + turn_ * groups_.count; }
+  __device__ int next_tile() const { return tile() + groups_.count; }
+  __device__ bool is_first_tile() const { return turn_ == 0; }
 
   __device__ OwnBoard board(int rank) const {
     if (groups_.exchange == Exchange::grid) {

@@ -204,29 +204,34 @@ constexpr int kChannelsPerThread = View::kOneChannel ? 1 : kVector;
 template <class T, bool kEpilogue>
 constexpr int kBlocksAtOnce = kEpilogue ? (sizeof(T) == 8 ? 1 : 2) : (sizeof(T) == 2 ? 2 : 3);
 
-// Calls visit(slots, whole, index) with kUnroll slots at a time, so that their loads are in flight together; `whole`:
+// Calls visit(slots, whole, index) with the next kUnroll slots, so that their loads are in flight together; `whole`:
 // whether every element of each is meant and each starts at a boundary; `index` counts the slots before these. Missing
 // slots at the end are empty. `whole` is a constant, for which there are two copies of the visit, but a variable with
 // an epilogue, whose code is long.
 template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
-__device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
+__device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit) {
   const int count = walk.count();
-  for (int index = 0; index < count; index += kUnroll) {
-    Slot slots[kUnroll];
-    bool whole = count - index >= kUnroll;
+  Slot slots[kUnroll];
+  bool whole = count - index >= kUnroll;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0, 0};
-      whole = whole && slots[u].low == 0 && slots[u].high == kVector;
-      if constexpr (kEpilogue) whole = whole && walk.at_boundary(slots[u]);
-    }
-    if constexpr (kEpilogue) {
-      visit(slots, Variable{whole}, index);
-    } else if (whole) {
-      visit(slots, Constant<true>{}, index);
-    } else {
-      visit(slots, Constant<false>{}, index);
-    }
+  for (int u = 0; u < kUnroll; ++u) {
+    slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0, 0};
+    whole = whole && slots[u].low == 0 && slots[u].high == kVector;
+    if constexpr (kEpilogue) whole = whole && walk.at_boundary(slots[u]);
+  }
+  if constexpr (kEpilogue) {
+    visit(slots, Variable{whole}, index);
+  } else if (whole) {
+    visit(slots, Constant<true>{}, index);
+  } else {
+    visit(slots, Constant<false>{}, index);
+  }
+}
+
+template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
+__device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
+  for (int index = 0; index < walk.count(); index += kUnroll) {
+    visit_chunk<kUnroll, kVector, kEpilogue>(walk, index, visit);
   }
 }
 
