@@ -298,7 +298,8 @@ def _checking_stages(out: Path) -> list[Stage]:
         stage.note = "" if sanitizer else "compute-sanitizer was not found"
         stages.append(stage)
     profiler = _tool("ncu")
-    counted = ["--clock-control", "none", "--csv", "--log-file", str(out / "traffic.csv")]
+    counted = ["--clock-control", "none", "--csv", "--print-units", "base"]
+    counted += ["--log-file", str(out / "traffic.csv")]
     counted += ["--metrics", ",".join(COUNTERS), "--kernel-name-base", "demangled"]
     counted += ["--kernel-name", "regex:.*batchnorm_ext.*", *itself, "--traffic"]
     traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
