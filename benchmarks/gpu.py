@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from glob import glob
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -56,6 +57,8 @@ KILLED_S = 5
 SECONDS, UNTIL = "{seconds}", "{until}"
 SAVING_SHARE = 0.85
 MEMORY_PER_JOB = 4 << 30
+# Where packages of the toolkit and of its profiler put them; the latter, one folder a version.
+TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
 NO_HAZARD, SOME_PASSED = r"SUMMARY: 0 (errors|hazards)", r"\b[1-9]\d* passed"
@@ -325,7 +328,8 @@ def _pytest(files: Iterable[str]) -> list[str]:
 def _tool(name: str) -> str:
     beside_nvcc = shutil.which("nvcc") or ""
     folders = [os.environ.get("PATH", ""), str(Path(beside_nvcc).resolve().parent)]
-    folders.append("/usr/local/cuda/bin")
+    for pattern in TOOL_FOLDERS:
+        folders += sorted(glob(pattern), reverse=True)
     return shutil.which(name, path=os.pathsep.join(folders)) or ""
 
 

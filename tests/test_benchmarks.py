@@ -988,6 +988,20 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     assert all(one.command == [] and "not found" in one.note for one in absent)
 
 
+def test_tools_are_found_where_packages_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(gpu, "TOOL_FOLDERS", ("/does/not/exist", f"{tmp_path}/*"))
+    for version in ("2025.3", "2025.4"):
+        tool = tmp_path / version / "ncu"
+        tool.parent.mkdir()
+        tool.write_text("")
+        tool.chmod(0o755)
+    assert gpu._tool("ncu") == str(tool)
+    assert gpu._tool("compute-sanitizer") == ""
+
+
 def test_device_limits_are_measured_and_kept_whatever_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
