@@ -49,9 +49,12 @@ void run_on_cuda(const Params& params, const at::Tensor& input,
                  void (*call)(const Params&, const cuda::DeviceLimits&, void*, cudaStream_t)) {
   const c10::cuda::CUDAGuard guard(input.device());
   const cuda::DeviceLimits& limits = cached_device_limits(input.device().index());
-  const size_t bytes = workspace_bytes(params, limits);
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, input.options().dtype(at::kByte));
-  call(params, limits, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+  at::Tensor workspace;
+  if (const size_t bytes = workspace_bytes(params, limits); bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(bytes)}, input.options().dtype(at::kByte));
+  }
+  void* const memory = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+  call(params, limits, memory, c10::cuda::getCurrentCUDAStream());
 }
 #endif
 
