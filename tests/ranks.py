@@ -71,6 +71,8 @@ class Ranks:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        for pipe in self._pipes:  # or those that start first would wait for the others no longer than TIMEOUT
+            pipe.recv_bytes()
 
     @staticmethod
     def _answer(pipe: Connection) -> tuple[bool, Any]:
@@ -84,6 +86,7 @@ class Ranks:
 
 def _serve(rank: int, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
+    pipe.send_bytes(b"started")
     while True:
         try:
             function, arguments, count, store = pickle.loads(pipe.recv_bytes())
