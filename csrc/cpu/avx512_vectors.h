@@ -114,6 +114,9 @@ BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
 BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16_bits(a));
 }
+BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+}
 #else
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
   return (__m256i)narrow_bfloat16(a);

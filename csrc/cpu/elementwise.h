@@ -13,6 +13,13 @@
 
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
 
+// Two vectors one behind the other. Instruction sets may overload it.
+template <class E>
+BN_HOST_DEVICE void store_two(E* p, Vec<accumulate_t<E>> a, Vec<accumulate_t<E>> b) {
+  store(p, a);
+  store(p + Vec<accumulate_t<E>>::lanes, b);
+}
+
 template <class E, int count>
 struct Outputs {
   E* of[count];
@@ -34,6 +41,13 @@ struct Outputs {
       } else {
         store_first(of[n] + offset, some, v[n]);
       }
+    }
+  }
+
+  template <class A>
+  BN_HOST_DEVICE void store_two_vectors(int64_t offset, const Vec<A>* v, const Vec<A>* next) const {
+    for (int n = 0; n < count; ++n) {
+      if (has(n)) store_two(of[n] + offset, v[n], next[n]);
     }
   }
 };
@@ -65,6 +79,21 @@ BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::i
   out.store_vectors(offset + at, some, results);
 }
 
+// Two vectors one behind the other, which 16-bit results are narrowed in.
+template <class Map, class E, class A>
+BN_HOST_DEVICE void map_two_vectors(const Map& map, const Vec<A>* k, const Vec<A>* next_k, Inputs<E, Map::inputs> in,
+                                    Outputs<E, Map::outputs> out, int64_t offset, uint8_t* mask, int64_t at) {
+  constexpr int64_t lanes = Vec<A>::lanes;
+  Vec<A> v[2][Map::inputs], results[2][Map::outputs];
+  for (int p = 0; p < 2; ++p) {
+    in.load_vectors(offset + at + p * lanes, v[p]);
+    Flags<A> is_blocked = read_mask<Map>(mask, at + p * lanes, lanes, v[p][0]);
+    map.apply(p == 0 ? k : next_k, v[p], is_blocked, results[p]);
+    write_mask<Map>(mask, at + p * lanes, lanes, is_blocked);
+  }
+  out.store_two_vectors(offset + at, results[0], results[1]);
+}
+
 // One contiguous run of a channel, and its bits of the mask; `whole` as in sum_run.
 template <class Map, int whole, class E, class A = accumulate_t<E>>
 BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
@@ -79,12 +108,21 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
     return;
   }
   if constexpr (whole >= 0) {
-    for (int w = 0; w < whole; ++w) map_vector(map, k, in, out, 0, mask, w * lanes, lanes);
+    if constexpr (whole >= 2) map_two_vectors(map, k, k, in, out, 0, mask, 0);
+    if constexpr (whole % 2 == 1) map_vector(map, k, in, out, 0, mask, (whole - 1) * lanes, lanes);
     if (count > whole * lanes) map_vector(map, k, in, out, 0, mask, whole * lanes, count - whole * lanes);
     return;
   }
+  if constexpr (sizeof(E) == sizeof(A) && Map::mask == MaskUse::none) {
+    // What follows stores whole lines then. Narrowed vectors are half a line, and gain nothing.
+    const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out.of[0]) / sizeof(E) % lanes);
+    if (skew != 0 && count >= unroll * lanes) {
+      i = lanes - skew;
+      map_vector(map, k, in, out, 0, mask, 0, i);
+    }
+  }
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
-    for (int u = 0; u < unroll; ++u) map_vector(map, k, in, out, 0, mask, i + u * lanes, lanes);
+    for (int u = 0; u < unroll; u += 2) map_two_vectors(map, k, k, in, out, 0, mask, i + u * lanes);
   }
   for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
   if (i < count) map_vector(map, k, in, out, 0, mask, i, count - i);
@@ -120,10 +158,11 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
     for (int n = 0; n < Map::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    for (int w = 0; w < wide; ++w) {
-      map_vector(map, k[w], in, out, r * pitch, move_mask<Map>(mask, r * mask_pitch), column + w * lanes,
-                 wide > 1 ? lanes : some);
+    uint8_t* const bits = move_mask<Map>(mask, r * mask_pitch);
+    for (int w = 0; w + 1 < wide; w += 2) {
+      map_two_vectors(map, k[w], k[w + 1], in, out, r * pitch, bits, column + w * lanes);
     }
+    if constexpr (wide == 1) map_vector(map, k[0], in, out, r * pitch, bits, column, some);
   }
 }
 
@@ -283,6 +322,9 @@ BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool backwar
   writers.finish();
 }
 
+// From the first row of a tile to its last, at most: half of what a first-level cache has of one set after another.
+constexpr int64_t spread_of_rows = 8 << 10;
+
 template <class Map, class E, class A>
 BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool backwards, bool stream,
                                  Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, Range channels,
@@ -293,10 +335,11 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t columns = row_columns * repeat;
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
-  // A tile reads coefficients once for all its rows, but memory is read best in its order: what counts more depends on
-  // how far apart the rows are, and whether elements must be converted too.
-  const bool in_order = sizeof(E) == sizeof(A) && pitch * static_cast<int64_t>(sizeof(E)) >= 1024;
-  const int64_t tile_rows = in_order ? 1 : rows_together;
+  // A tile reads coefficients once for all its rows, but memory is read best in its order. Elements that are converted
+  // are worth more rows, as long as these do not fall on the same cache sets.
+  const int64_t pitch_bytes = pitch * static_cast<int64_t>(sizeof(E));
+  const int64_t together = min(rows_together, max(1, spread_of_rows / pitch_bytes));
+  const int64_t tile_rows = sizeof(E) == sizeof(A) && pitch_bytes >= 1024 ? 1 : together;
   LineWriters<E, Map::outputs> writers;
   for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
