@@ -578,8 +578,9 @@ def traffic_cases() -> list[Case]:
     }
     contiguous = with_dtypes([Case(f"traffic/{n}", s) for n, s in shapes.items()], ("bfloat16",))
     last = Case("traffic/channels last", (32, 64, 56, 56), "bfloat16", "channels_last")
+    residue = Case("traffic/residue", (256, 64, 56, 56), "bfloat16", "channels_last")
     streaming = Case("traffic/streaming", (256, 64, 112, 112), "bfloat16", "channels_last")
-    return [*contiguous, last, streaming]
+    return [*contiguous, last, residue, streaming]
 
 
 def traffic() -> None:

@@ -35,14 +35,15 @@ SHAPES = {
     "million-rows": (880801, 1, 1, 1),
 }
 # What holds a channel of each on an H200, contiguous: one block, a cluster, groups across the grid, once and in turn,
-# or none. Elsewhere others may; the results are the same.
+# all blocks in part, or none. Elsewhere others may; the results are the same.
 HELD_BY = {
     "block": (8, 32, 9, 9),
     "cluster": (32, 64, 56, 56),
     "grid": (32, 3, 224, 224),
     "grid-in-turn": (64, 64, 112, 112),
     "grid-odd": (33, 5, 201, 203),
-    "streaming": (9, 1, 4096, 2048),
+    "residue": (9, 1, 4096, 2048),
+    "streaming": (24, 1, 4096, 2048),
 }
 BY_HOLDER = pytest.mark.parametrize("shape", **every(HELD_BY))
 
@@ -155,7 +156,7 @@ def assert_all_bitwise(actual, expected):
 
 @BY_HOLDER
 def test_launches_of_a_call(shape):
-    """One each way where channels are held on the chip, however many blocks it takes; three where they are not."""
+    """One each way where channels, or enough of them, are held on the chip by however many blocks; else three."""
     module = batchnorm_ext.BatchNorm2d(shape[1], device="cuda", dtype=torch.float32)
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn_like(x)

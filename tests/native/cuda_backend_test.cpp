@@ -482,9 +482,23 @@ std::optional<Case> grouped(Case c, cuda::Exchange exchange) {
   return std::nullopt;
 }
 
+// The same call by all blocks of a device that is small enough for them to keep a part of a tile.
+std::optional<Case> with_residue(Case c, int direction) {
+  c.limits.multiprocessors = 1;
+  c.limits.exchange_bytes = 0;
+  for (int& clusters : c.limits.active_clusters) clusters = 0;
+  for (c.limits.shared_bytes_per_multiprocessor = 4 << 10; c.limits.shared_bytes_per_multiprocessor < 230 << 10;
+       c.limits.shared_bytes_per_multiprocessor += 2 << 10) {
+    if (!resident_plans(c)[direction].streams) continue;
+    c.name += direction == 0 ? ", with a residue of x" : ", with a residue of dy and x";
+    return c;
+  }
+  return std::nullopt;
+}
+
 // What the cases reached.
 struct Reached {
-  int clusters = 0, large_clusters = 0, grids = 0, several_tiles = 0, shared_merges = 0, phases = 0;
+  int clusters = 0, large_clusters = 0, grids = 0, several_tiles = 0, shared_merges = 0, phases = 0, residues = 0;
 
   void note(const cuda::ResidentPlan& plan) {
     if (!plan.fits || plan.groups.exchange == cuda::Exchange::none) return;
@@ -492,6 +506,7 @@ struct Reached {
     large_clusters += plan.groups.exchange == cuda::Exchange::cluster && plan.groups.size > cuda::kPortableCluster;
     several_tiles += plan.groups.tiles > plan.groups.count;
     shared_merges += !plan.groups.each_merges;
+    residues += plan.streams;
     phases += !plan.step.rows && plan.step.column_view.phases > 1;
   }
 } reached;
@@ -850,6 +865,43 @@ void in_place() {
   }
 }
 
+// Tiles of which a part is kept and the rest read again, last first.
+void residues() {
+  for (const Shape shape : {Shape{2, 2, 12345}, Shape{5, 2, 8192}, Shape{1100, 70, 1}, Shape{700, 9, 7}}) {
+    for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16}) {
+      Case c{"residues of " + std::to_string(shape.inner), shape, dtype};
+      if (dtype != DType::float64) c.shape.outer *= 2;  // as many vectors in slots of eight elements
+      for (const int direction : {0, 1}) {
+        for (const bool epilogue : {false, true}) {
+          if (epilogue && dtype == DType::float64) break;
+          c.activation = epilogue ? Activation::silu : Activation::identity;
+          c.residual = c.in_place = epilogue;
+          const auto residue = with_residue(c, direction);
+          report(residue.has_value(), c.name + " " + name_of(dtype), "none streams");
+          if (residue) check(*residue, {{true, true, true}}, false);
+        }
+      }
+    }
+  }
+}
+
+// What is kept is read once, and all else twice.
+void residues_are_kept() {
+  for (const int direction : {0, 1}) {
+    const Case c = *with_residue({"copies", Shape{10, 1, 4096}, DType::float32}, direction);
+    const cuda::ResidentPlan plan = resident_plans(c)[direction];
+    const int64_t vectors = c.shape.elements() / 4;
+    const int64_t kept = plan.groups.size * int64_t(cuda::kBlockThreads) * plan.thread_vectors;
+    Tensors t = inputs(c);
+    if (direction == 1) run(c, forward_params(c, t));
+    emulation::counters = {};
+    if (direction == 0) run(c, forward_params(c, t));
+    if (direction == 1) run(c, backward_params(c, t, true, true, true));
+    report(emulation::counters.launches == 1 && emulation::counters.copies == (direction + 1) * (2 * vectors - kept),
+           c.name, std::to_string(emulation::counters.copies));
+  }
+}
+
 // A caller that has no use for the statistics gets the same output, and the same in evaluation.
 void statistics_not_kept() {
   for (const Shape shape : {Shape{12, 6, 37}, Shape{3, 2, 1500}, Shape{60, 40, 1}}) {
@@ -1188,6 +1240,8 @@ int main() {
   numerics();
   nonfinite();
   in_place();
+  residues();
+  residues_are_kept();
   statistics_not_kept();
   large_clusters();
   joined();
@@ -1204,11 +1258,12 @@ int main() {
              limits.active_clusters[0] == 4 && limits.active_clusters[2] == 1 && limits.active_clusters[3] == 0,
          "device limits");
   std::printf(
-      "calls by clusters %d, of 16 %d, across the grid %d, of several tiles %d, with shared merges %d, in phases %d\n",
+      "calls by clusters %d, of 16 %d, across the grid %d, of several tiles %d, with shared merges %d, in phases %d, "
+      "with residues %d\n",
       reached.clusters, reached.large_clusters, reached.grids, reached.several_tiles, reached.shared_merges,
-      reached.phases);
+      reached.phases, reached.residues);
   report(reached.clusters > 100 && reached.large_clusters > 30 && reached.grids > 100 && reached.several_tiles > 50 &&
-             reached.shared_merges > 20 && reached.phases > 20,
+             reached.shared_merges > 20 && reached.phases > 20 && reached.residues > 20,
          "the cases reach all exchanges");
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

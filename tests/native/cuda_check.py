@@ -84,7 +84,9 @@ def table(kernels: dict[str, dict[str, Kernel]], architectures: list[str]) -> st
     """Markdown: registers of the main kernels, those of plain batch norm with 16-byte vectors."""
     rows: dict[str, dict[str, str]] = {}
     for name, compiled in kernels.items():
-        match = re.fullmatch(r"(\w+)<(\w+)<(\w+)(?:, (?:false|\d))*>, (\w+), (\d+), \d+>", name)
+        match = re.fullmatch(
+            r"(\w+)<(\w+)<(\w+)(?:, (?:false|\d))*>, (\w+), (\d+), \d+(, true|, false)?>", name
+        )
         if match is None or match[1] not in HOT or match[3] not in DTYPES or "Activat" in match[2]:
             continue
         if int(match[5]) * DTYPES[match[3]] != 16:
@@ -92,7 +94,9 @@ def table(kernels: dict[str, dict[str, Kernel]], architectures: list[str]) -> st
         found = [compiled[architecture] for architecture in architectures]
         spilled = any(kernel.spilled or kernel.stack for kernel in found)
         cell = " / ".join(str(kernel.registers) for kernel in found) + " spills" * spilled
-        rows.setdefault(f"`{match[1]}`, `{match[2]}`, `{match[4]}`", {})[match[3]] = cell
+        streams = " that streams" if match[6] == ", true" else ""
+        row = f"`{match[1]}`{streams}, `{match[2]}`, `{match[4]}`"
+        rows.setdefault(row, {})[match[3]] = cell
     lines = [
         "| kernel, operation, view | " + " | ".join(DTYPES) + " |",
         "|---|" + "---|" * len(DTYPES),

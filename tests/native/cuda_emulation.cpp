@@ -388,6 +388,7 @@ void copy_async(void* to, const void* from, size_t bytes) {
   }
   memset(to, 0x5a, bytes);
   Fiber& fiber = *engine.current;
+  ++counters.copies;
   fiber.copies.push_back({to, from, bytes, fiber.copy_groups});
 }
 

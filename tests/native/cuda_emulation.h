@@ -72,6 +72,7 @@ inline Device device;
 struct Counters {
   int64_t launches = 0;
   int64_t blocks = 0;
+  int64_t copies = 0;  // asynchronous ones
 };
 inline Counters counters;
 
@@ -198,8 +199,6 @@ inline cudaError_t cudaGetLastError() {
 }
 
 enum cudaDeviceAttr {
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxThreadsPerMultiProcessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -218,9 +217,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Param
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const emulation::Device& device = emulation::device;
-  const int values[] = {9,
-                        0,
-                        device.multiprocessors,
+  const int values[] = {device.multiprocessors,
                         2048,
                         static_cast<int>(device.shared_bytes_per_block),
                         static_cast<int>(device.shared_bytes_per_multiprocessor),

@@ -293,6 +293,39 @@ void choices() {
   report(rows.column_view.phase_rows * rows.splits >= tall.outer && is_launchable(rows), "more than 2^31 rows");
 }
 
+// What no group can hold: kept in part where that is worth the exchange, else in steps.
+void residues() {
+  const auto backward = [](const Shape& shape, const DeviceLimits& limits) {
+    return plan_backward(backward_call(shape, DType::bfloat16, 0), limits);
+  };
+  const auto streams = [&](const Shape& shape, const DeviceLimits& limits) {
+    const BackwardPlan plan = backward(shape, limits);
+    const ResidentPlan& resident = plan.resident;
+    if (!resident.fits || !resident.streams) return false;
+    const int64_t visited = resident.step.rows ? resident.step.row_view.split_vectors / kBlockThreads
+                                               : resident.step.column_view.phase_rows / resident.step.column_view.lanes;
+    report(groups_can_run(resident, limits) && resident.groups.count == 1 && resident.thread_vectors % 2 == 0 &&
+               visited > resident.thread_vectors && plan.sums.tiles > 0 &&
+               int64_t(plan.workspace_bytes) >= group_workspace_bytes(resident.groups),
+           "a group that streams");
+    return true;
+  };
+  DeviceLimits h200 = devices[0].limits;
+  const DeviceLimits &a100 = devices[1].limits, &t4 = devices[3].limits;
+  const Shape tall{256 * 56 * 56, 64, 1}, wide{256 * 56 * 56, 256, 1}, taller{256 * 112 * 112, 64, 1};
+  report(streams(tall, h200), "a quarter of 64 channels at 56x56 is kept");
+  report(streams(wide, h200) && backward(wide, h200).resident.groups.tiles == 4, "of 256 channels, of each line");
+  report(!streams(taller, h200), "a sixteenth is not worth the exchange");
+  report(!streams({32 * 56 * 56, 64, 1}, h200), "what fits does not stream");
+  report(streams({10, 1, 1 << 20}, a100), "one channel of 20 MB on A100");
+  report(!streams({10, 1, 1 << 20}, t4), "without asynchronous copies nothing streams");
+  h200.exchange_bytes = 32 << 20;
+  report(!streams(wide, h200), "where an exchange costs more than it saves nothing streams");
+  h200 = devices[0].limits;
+  h200.cooperative = false;
+  report(!streams(tall, h200), "nor where blocks cannot wait for each other");
+}
+
 void resident_groups() {
   struct Expected {
     const char* device;
@@ -330,7 +363,8 @@ void resident_groups() {
       {"H200", {32, 3, 224 * 224}, bf16, true, grid, 9, 264, "by blocks across the grid"},
       {"H200", {64, 64, 112 * 112}, bf16, true, grid, 9, 132, "by groups in turn"},
       {"H200", {33, 5, 201 * 203}, bf16, true, grid, 9, 264, "by blocks of odd runs"},
-      {"H200", {9, 1, 4096 * 2048}, bf16, false, none, 0, 0, "by nothing"},
+      {"H200", {9, 1, 4096 * 2048}, bf16, true, grid, 264, 264, "by all blocks in part"},
+      {"H200", {24, 1, 4096 * 2048}, bf16, false, none, 0, 0, "by nothing"},
       {"H200", {int64_t(1) << 34, 8, 1}, bf16, false, none, 0, 0, "more than 2^31 rows stream"},
   };
   for (const Expected& e : expected) {
@@ -403,6 +437,7 @@ int main() {
   fills_the_device();
   choices();
   resident_groups();
+  residues();
   workspace();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

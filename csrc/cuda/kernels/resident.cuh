@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels/finalize_statistics.cuh"
 #include "cuda/kernels/pointwise.cuh"
@@ -46,13 +47,16 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
 
 // Each group reads its tiles one after the other: a block copies its split once to shared memory, sums what has come,
 // exchanges the sums with its group, and maps what it kept by the coefficients that follow: `reduce` and `pointwise` in
-// one. Each thread keeps its own vectors, kept[vector][input][word][thread]; shared are only the sums and the board.
-template <class Op, class View, int kVector, int kThreads>
+// one. Each thread keeps its own vectors, kept[place][input][word][thread]; shared are only the sums and the board.
+// kStreams: a thread has places for `thread_vectors` of its vectors, a whole number of chunks, which they take in turn.
+// Those that were summed last are mapped first, and their places taken by those before them, which are read again.
+template <class Op, class View, int kVector, int kThreads, bool kStreams>
 __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typename Op::T, true> : kResidentBlocks)
     resident(const View view, const Op op, const Groups groups, int thread_vectors, int tile_channels,
              typename Op::T* output, Reuse output_reuse, const BatchCounter counter) {
   using T = typename Op::T;
   using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
+  using MapWalk = TileWalk<View, kVector, kThreads, Op::kEpilogue, kStreams>;
   using Item = typename Op::Item;
   using Coefficients = typename Op::Coefficients;
   using Group = BlockGroup<Item, Coefficients>;
@@ -61,54 +65,71 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   // One slot at a time, where nothing is waited for: chunks at the end that are not whole go element by element.
   constexpr int kCopyUnroll = kAsyncCopies ? 1 : Op::kUnroll;
 
+  if constexpr (kStreams && !kAsyncCopies) return;  // never launched, and would spill
+
   const int active = Walk::active_threads(view);
   uint4* const kept = shared_memory<uint4>();
   Item* const items = reinterpret_cast<Item*>(kept + Op::kInputs * kPackWords * thread_vectors * active);
   Group group(groups, items + kSums * kThreads, tile_channels);
   Coefficients* const of_tile = typename Group::OwnBoard(items + kSums * kThreads, tile_channels).coefficients;
-  const auto place = [&](int vector, int input, int word) {
-    return ((vector * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
+  const auto word_in = [&](int place, int input, int word) {
+    return ((place * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
-  const auto take_kept = [&](auto& packs, auto whole, int index, int count) {
+  const auto take_kept = [&](auto& packs, auto whole, int place, int count) {
     for_each_word(packs, [&](auto& pack, int u, int i, int w) {
-      const bool is_kept = whole.value || index + u < count;
-      set_word(pack, w, is_kept ? kept[place(index + u, i, w)] : uint4{0, 0, 0, 0});
+      set_word(pack, w, whole.value || u < count ? kept[word_in(place + u, i, w)] : uint4{0, 0, 0, 0});
     });
   };
-  const auto copy_chunk = [&](Walk& walk, int index) {
+  const auto copy_chunk = [&](auto& walk, int index, int place, auto reuse) {
     visit_chunk<kCopyUnroll, kVector, Op::kEpilogueInSums>(walk, index, [&](const auto& slots, auto whole, int) {
       Pack<T, kVector> packs[Op::kInputs][kCopyUnroll];
       if (kAsyncCopies && whole.value) {
         for_each_word(packs, [&](const auto&, int u, int i, int w) {
           const T* const address = op.inputs[i] + slots[u].offset;
-          copy_async(kept + place(index + u, i, w), reinterpret_cast<const uint4*>(address) + w);
+          copy_async<decltype(reuse)::value>(kept + word_in(place + u, i, w),
+                                             reinterpret_cast<const uint4*>(address) + w);
         });
       } else {
-        load<Reuse::none>(whole, packs, op.inputs, slots);
+        load<decltype(reuse)::value>(whole, packs, op.inputs, slots);
         for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
-          if (whole.value || index + u < walk.count()) kept[place(index + u, i, w)] = word_of(pack, w);
+          if (whole.value || index + u < walk.count()) kept[word_in(place + u, i, w)] = word_of(pack, w);
         });
       }
     });
     commit_copies();
   };
+  constexpr std::integral_constant<Reuse, kStreams ? Reuse::soon : Reuse::none> to_sum{};
+  constexpr std::integral_constant<Reuse, Reuse::none> to_map{};
 
 #pragma unroll 1
   while (group.tile() < groups.tiles) {
     const Tile tile = Walk::tile(view, group.tile());
-    if (!kAsyncCopies || group.is_first_tile()) {
+    if (kStreams || !kAsyncCopies || group.is_first_tile()) {
       Walk copying(view, tile, group.rank());
-      for (int index = 0; index < copying.count(); index += kCopyUnroll) copy_chunk(copying, index);
+      const int count = kStreams && thread_vectors < copying.count() ? thread_vectors : copying.count();
+      for (int index = 0; index < count; index += kCopyUnroll) copy_chunk(copying, index, index, to_sum);
     }
 
     Walk walk(view, tile, group.rank());
+    Walk ahead = without_first(walk, kStreams ? thread_vectors : 0);
     typename Op::Accumulator sums[kSums];
     begin_sums(op, walk, tile, sums);
+    int turning = 0;  // the place of the next vector, where places are taken in turn
     for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
-      wait_for_copies((walk.count() - index - Op::kUnroll) / kCopyUnroll);
+      const int place = kStreams ? turning : index, left = walk.count() - index;
+      const int under_way = kStreams && thread_vectors < left ? thread_vectors : left;
+      wait_for_copies((under_way - Op::kUnroll) / kCopyUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-      take_kept(packs, whole, index, walk.count());
+      take_kept(packs, whole, place, left);
       op.accumulate(whole, sums, packs, slots, index == 0);
+      if constexpr (kStreams) {
+        // A thread's accesses to shared memory are made in its order: no copy comes before its place was read.
+#pragma unroll
+        for (int u = 0; u < Op::kUnroll; ++u) {
+          if (thread_vectors + u < left) copy_chunk(ahead, index + thread_vectors + u, place + u, to_sum);
+        }
+        turning = place + Op::kUnroll < thread_vectors ? place + Op::kUnroll : 0;
+      }
     });
 
     group.begin_writing();
@@ -123,20 +144,29 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     if (groups.size > 1) merge_group<kThreads>(op, groups, group, tile, of_tile);
     __syncthreads();
 
-    // The next tile's vectors take the places of those that are mapped, and so come while these are stored and the
-    // group exchanges. None can come before its place was read, by the same thread: before the copy, in the order of
-    // the program, what was read is stored, unless no one wants it. Threads have as many vectors in each tile.
-    const bool refills = kAsyncCopies && group.next_tile() < groups.tiles;
-    Walk again(view, tile, group.rank());
+    // What is read next, of the next tile or of this one, takes the places of what is mapped, and so comes while this
+    // is stored and the group exchanges. A thread has as many vectors in each tile.
+    const bool next_tile = !kStreams && kAsyncCopies && group.next_tile() < groups.tiles;
+    MapWalk again(view, tile, group.rank());
     Coefficients coefficients[kSums];
     take_coefficients(coefficients, of_tile, again);
-    Walk following(view, Walk::tile(view, refills ? group.next_tile() : group.tile()), group.rank());
+    const Tile following_tile = next_tile ? Walk::tile(view, group.next_tile()) : tile;
+    MapWalk following = without_first(MapWalk(view, following_tile, group.rank()), kStreams ? thread_vectors : 0);
+    const int skipped = kStreams ? thread_vectors : 0;
+    turning = kStreams && again.count() > 0 ? (again.count() - 1) % thread_vectors : 0;
     for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
       static_assert(!kAsyncCopies || Op::kMapUnroll == kCopyUnroll);
+      const int place = kStreams ? turning : index;
+      if constexpr (kStreams) wait_for_copies(thread_vectors - 1);
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
-      take_kept(packs, whole, index, again.count());
+      take_kept(packs, whole, place, again.count() - index);
       map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
-      if (refills) copy_chunk(following, index);
+      if (kStreams ? index + skipped < again.count() : next_tile) {
+        copy_chunk(following, index + skipped, place, to_map);
+      } else if constexpr (kStreams) {
+        commit_copies();  // of none: the number under way stays the same
+      }
+      turning = place > 0 ? place - 1 : thread_vectors - 1;
     });
     group.end_tile();
   }

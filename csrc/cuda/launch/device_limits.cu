@@ -40,8 +40,6 @@ DeviceLimits device_limits(int device) {
     return value;
   };
   DeviceLimits limits{};
-  limits.compute_capability =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   limits.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
   limits.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -50,8 +48,8 @@ DeviceLimits device_limits(int device) {
   limits.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   cudaFuncAttributes compiled{};
   check(cudaFuncGetAttributes(&compiled, half_of_a_multiprocessor), "device_limits");
-  // What the driver has translated for this device from code for an earlier one has no exchange by clusters.
-  if (attribute(cudaDevAttrClusterLaunch) != 0 && compiled.ptxVersion >= kClusterCapability) {
+  limits.compute_capability = compiled.ptxVersion;
+  if (attribute(cudaDevAttrClusterLaunch) != 0 && limits.compute_capability >= kClusterCapability) {
     for (int i = 0; i < kClusterSizes; ++i) limits.active_clusters[i] = active_clusters(2 << i, limits);
   }
   return limits;

@@ -192,7 +192,7 @@ int64_t partial_results(const Shape& shape, const StepPlan& step) {
 
 // What `resident` keeps: of how many tensors, and the sizes of a channel's results.
 struct Kept {
-  int inputs;
+  int inputs, chunk;
   int64_t element_bytes, item_bytes, coefficient_bytes;
   bool in_place;  // the output overwrites an input
 };
@@ -201,8 +201,10 @@ struct Kept {
 // meeting of a group whose blocks share the work.
 constexpr int64_t kMergedBytes = 8 << 10;
 
-// Blocks that wait for each other leave the memory idle for about as long as it takes to move this much.
-constexpr int64_t kExchangeBytes = 8 << 20;
+// Rows of a tile of which a group of all blocks keeps a part, and reads the rest twice: whole lines, no wider, since
+// what is kept is saved for each tile. Less than this share of what the steps move is not worth it; 0: nothing is.
+constexpr int64_t kStreamedRowBytes = 128;
+constexpr int64_t kWorthStreaming = 32;
 
 // How much more of the device a group across the grid must keep busy than one that costs less to bring together.
 constexpr int64_t kWorthTheGrid = 4;
@@ -222,12 +224,12 @@ int64_t largest_cluster(const DeviceLimits& limits) {
 
 // Groups of a cooperative launch: few enough to be at work at once, and so many that the last tiles leave few idle and
 // that few exchanges follow each other.
-int64_t groups_of_grid(int64_t most, int64_t tiles, int64_t tile_traffic) {
+int64_t groups_of_grid(int64_t most, int64_t tiles, int64_t tile_traffic, int64_t exchange_bytes) {
   int64_t best = 1;
   double least = 0;
   for (int64_t count = 1; count <= std::min(most, tiles); ++count) {
     const double cost =
-        static_cast<double>(divide_up(tiles, count)) * static_cast<double>(kExchangeBytes + count * tile_traffic);
+        static_cast<double>(divide_up(tiles, count)) * static_cast<double>(exchange_bytes + count * tile_traffic);
     if (count == 1 || cost <= least) {
       least = cost;
       best = count;
@@ -255,7 +257,7 @@ Groups plan_groups(const StepPlan& step, int64_t needed, int64_t tile_traffic, c
     groups.count = groups.tiles = static_cast<int>(step.tiles);
   } else if (grid_can) {
     groups.exchange = Exchange::grid;
-    groups.count = static_cast<int>(groups_of_grid(blocks / least, step.tiles, tile_traffic));
+    groups.count = static_cast<int>(groups_of_grid(blocks / least, step.tiles, tile_traffic, limits.exchange_bytes));
     const int64_t room = blocks / groups.count / phases;
     groups.size = static_cast<int>(phases * std::max(needed, std::min(room, sensible_parts(step))));
     groups.tiles = static_cast<int>(step.tiles);
@@ -263,7 +265,24 @@ Groups plan_groups(const StepPlan& step, int64_t needed, int64_t tile_traffic, c
   return groups;
 }
 
-ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLimits& limits) {
+// All blocks, if together they keep so much of each tile that it is worth more than the exchanges; no tiles otherwise.
+// The steps are three launches, whose blocks wait for each other twice.
+Groups plan_streaming_groups(const StepPlan& step, int64_t kept_bytes, int64_t tile_traffic,
+                             const DeviceLimits& limits) {
+  const int64_t phases = phases_of(step);
+  const int64_t parts = int64_t(kResidentBlocks) * limits.multiprocessors / phases;
+  const int64_t saved = step.tiles * (parts * phases * kept_bytes - limits.exchange_bytes) + 2 * limits.exchange_bytes;
+  Groups groups{};
+  if (limits.cooperative && parts > 0 && kWorthStreaming * saved >= step.tiles * tile_traffic) {
+    groups.exchange = Exchange::grid;
+    groups.size = static_cast<int>(phases * parts);
+    groups.count = 1;
+    groups.tiles = static_cast<int>(step.tiles);
+  }
+  return groups;
+}
+
+ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, bool streams, const DeviceLimits& limits) {
   ResidentPlan plan{};
   const int64_t threads = step.rows ? kBlockThreads : int64_t(step.column_view.lanes) * step.column_view.tile_vectors;
   const int64_t limit = resident_shared_bytes(limits);
@@ -272,13 +291,17 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
   const int64_t slot_bytes = step.vector * kept.element_bytes;
   const int64_t vector_bytes = kept.inputs * slot_bytes * threads;
   const int64_t most_vectors = (limit - sums_bytes - board_bytes) / vector_bytes;
-  if (limit <= sums_bytes + board_bytes || most_vectors < 1) return plan;
+  if (limit <= sums_bytes + board_bytes || most_vectors < (streams ? 2 * kept.chunk : 1)) return plan;
   const int64_t all = unsplit_thread_vectors(step);
-  const int64_t tile_traffic = (kept.inputs + 1) * slot_bytes * threads * all * phases_of(step);
-  plan.groups = plan_groups(step, divide_up(all, most_vectors), tile_traffic, limits);
+  const int64_t places = most_vectors / kept.chunk * kept.chunk;      // of vectors that stream
+  const int64_t once = slot_bytes * threads * all * phases_of(step);  // to read or write one of the tensors
+  plan.groups = streams ? plan_streaming_groups(step, places * vector_bytes, (2 * kept.inputs + 1) * once, limits)
+                        : plan_groups(step, divide_up(all, most_vectors), (kept.inputs + 1) * once, limits);
   if (plan.groups.tiles == 0) return plan;
-  plan.thread_vectors = divide_up(all, plan.groups.size / phases_of(step));
-  split(step, plan.thread_vectors);
+  const int64_t visited = divide_up(all, plan.groups.size / phases_of(step));
+  split(step, visited);
+  plan.streams = streams;
+  plan.thread_vectors = streams ? places : visited;
   if (plan.groups.exchange == Exchange::grid) plan.groups.size = static_cast<int>(step.splits);
   plan.groups.each_merges = !kept.in_place && plan.groups.size * step.tile_channels() * kept.item_bytes <= kMergedBytes;
   plan.groups.board_bytes = static_cast<int>(round_up(board_bytes, kWorkspaceLine));
@@ -290,6 +313,7 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, const DeviceLim
 }
 
 // Tiles as wide as leave room for two groups at once, one of which copies while the other exchanges; else the widest.
+// If none fits, one that streams.
 ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& alignment, bool epilogue, const Kept& kept,
                            const DeviceLimits& limits) {
   ResidentPlan best{};
@@ -297,12 +321,14 @@ ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& ali
   for (const int64_t row_bytes : kResidentRowBytes) {
     const StepPlan step = lay(shape, dtype, alignment, row_bytes, epilogue);
     if (!step.vectors) break;
-    const ResidentPlan plan = plan_resident_tile(step, kept, limits);
+    const ResidentPlan plan = plan_resident_tile(step, kept, false, limits);
     if (!plan.fits) continue;
     if (!best.fits || plan.groups.exchange != Exchange::grid || plan.groups.count > 1) best = plan;
     if (plan.step.rows || best.groups.exchange != Exchange::grid || best.groups.count > 1) break;
   }
-  return best;
+  if (best.fits || limits.compute_capability < kAsyncCopyCapability) return best;
+  const StepPlan step = lay(shape, dtype, alignment, kStreamedRowBytes, epilogue);
+  return step.vectors ? plan_resident_tile(step, kept, true, limits) : best;
 }
 
 // A launch across the grid needs all of the device, which something else may have a part of.
@@ -362,8 +388,12 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits
   plan.normalize = plan_step(shape, params.dtype, alignment, limits, epilogue);
   if (!params.batch_statistics) return plan;
   if (params.record == nullptr) {
-    const Kept kept{1, element_size(params.dtype), bytes_of<Moments>(1, params.dtype),
-                    bytes_of<NormalizeCoefficients>(1, params.dtype), params.x == params.y};
+    const Kept kept{1,
+                    4,
+                    element_size(params.dtype),
+                    bytes_of<Moments>(1, params.dtype),
+                    bytes_of<NormalizeCoefficients>(1, params.dtype),
+                    params.x == params.y};
     plan.resident = plan_resident(shape, params.dtype, alignment, epilogue, kept, limits);
     if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
   }
@@ -392,8 +422,12 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   };
   const int64_t coefficient_bytes = bytes_of<InputGradientCoefficients>(1, params.dtype);
   if (plan.needs_sums && plan.needs_input_gradient) {
-    const Kept kept{2, element_size(params.dtype), bytes_of<GradientPartial>(1, params.dtype),
-                    epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes, false};
+    const Kept kept{2,
+                    2,
+                    element_size(params.dtype),
+                    bytes_of<GradientPartial>(1, params.dtype),
+                    epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes,
+                    false};
     plan.resident = plan_resident(shape, params.dtype, common, epilogue, kept, limits);
     if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
   }

@@ -13,7 +13,9 @@ namespace batchnorm_ext::cuda {
 constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
 
 struct DeviceLimits {
-  int compute_capability;  // 10 * major + minor
+  // 10 * major + minor, of the code: what the driver has translated from code for an earlier device lacks what came
+  // later.
+  int compute_capability;
   int multiprocessors;
   int threads_per_multiprocessor;
   int64_t shared_bytes_per_block;
@@ -23,6 +25,8 @@ struct DeviceLimits {
   // Clusters of each size that run at once when each block takes half of a multiprocessor; 0: none may, or
   // the kernels were compiled for devices without.
   int active_clusters[kClusterSizes];
+  // Blocks that wait for each other leave the memory idle for about as long as it takes to move this much.
+  int64_t exchange_bytes = 8 << 20;
 };
 
 // Shared memory of a block of `resident`, at the most.
@@ -32,6 +36,7 @@ constexpr int kBlockThreads = 256;
 constexpr int kFinalizeThreads = 128;
 constexpr int kPortableCluster = 8;  // larger ones need a kernel's consent
 constexpr int kClusterCapability = 90;
+constexpr int kAsyncCopyCapability = 80;
 
 // How the tensors of a step lie in memory: `misalignment` elements past a vector boundary, if `common` to all of them;
 // else they share no vectors and are read and written element by element.
@@ -63,13 +68,17 @@ constexpr bool resident_has_epilogue(DType dtype) {
 bool has_epilogue(const ForwardParams& params);
 bool has_epilogue(const BackwardParams& params);
 
-// One launch of `resident`, where a group of blocks can keep a tile of each of the inputs in their shared memory. Two
-// blocks share a multiprocessor.
+// Slots that `resident` sums at once, at the most. Where it streams, threads keep whole chunks.
+constexpr int kForwardChunk = 4, kBackwardChunk = 2;
+
+// One launch of `resident`, where a group of blocks can keep a tile of each of the inputs in their shared memory, or
+// enough of one that the rest is worth reading again. Two blocks share a multiprocessor.
 struct ResidentPlan {
   bool fits;
-  StepPlan step;  // a split is a block's share
-  Groups groups;  // without the workspace
-  int64_t thread_vectors;
+  bool streams;                            // a thread visits more than it keeps
+  StepPlan step;                           // a split is a block's share
+  Groups groups;                           // without the workspace
+  int64_t thread_vectors;                  // that a thread keeps
   size_t shared_bytes, most_shared_bytes;  // of a block of this launch, and of any on the device
 };
 

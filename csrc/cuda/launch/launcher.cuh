@@ -127,17 +127,22 @@ void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cuda
 template <class Op>
 bool launch_resident(const char* step, const ResidentPlan& plan, const Op& op, typename Op::T* output,
                      Reuse output_reuse, const BatchCounter& counter, void* workspace, cudaStream_t stream) {
+  static_assert((Op::kInputs == 1 ? kForwardChunk : kBackwardChunk) % Op::kUnroll == 0);
   Groups groups = plan.groups;
   groups.workspace = workspace;
   bool launched = false;
   with_view<Op, true>(plan.step, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
-    launched =
-        launch_groups(step, groups, plan.most_shared_bytes,
-                      launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream),
-                      resident<Op, View, decltype(width)::value, kBlockThreads>, view, op, groups,
-                      static_cast<int>(plan.thread_vectors), static_cast<int>(plan.step.tile_channels()), output,
-                      output_reuse, counter);
+    constexpr int kWidth = decltype(width)::value;
+    const auto run = [&](auto* kernel) {
+      return launch_groups(
+          step, groups, plan.most_shared_bytes,
+          launch_config(int64_t(groups.count) * groups.size, 1, kBlockThreads, plan.shared_bytes, stream), kernel, view,
+          op, groups, static_cast<int>(plan.thread_vectors), static_cast<int>(plan.step.tile_channels()), output,
+          output_reuse, counter);
+    };
+    launched = plan.streams ? run(resident<Op, View, kWidth, kBlockThreads, true>)
+                            : run(resident<Op, View, kWidth, kBlockThreads, false>);
   });
   return launched;
 }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/primitives/pack.cuh"
+
 namespace batchnorm_ext::cuda {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -13,9 +15,17 @@ constexpr bool kAsyncCopies = false;
 constexpr bool kAsyncCopies = true;
 #endif
 
-// Of 16 bytes, of what no one will want soon.
+// Of 16 bytes. What no one will want soon is marked to leave the second-level cache first.
+template <Reuse kReuse>
 __device__ __forceinline__ void copy_async(uint4* shared, const uint4* address) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (kReuse == Reuse::soon) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(address)
+        : "memory");
+    return;
+  }
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(

@@ -16,10 +16,10 @@ struct Tile {
   int count;
 };
 
-// A thread's way through a block's share of a tensor. count() slots are visited by as many calls of next(); no memory
-// is so large that a thread of a block would have 2^31 of its vectors. Only with an epilogue have slots numbers: those
-// cost registers.
-template <class View, int kVector, int kThreads, bool kEpilogue = false>
+// A thread's way through a block's share of a tensor, from its start or backwards from its end. count() slots are
+// visited by as many calls of next(); no memory is so large that a thread of a block would have 2^31 of its vectors.
+// Only with an epilogue have slots numbers: those cost registers.
+template <class View, int kVector, int kThreads, bool kEpilogue = false, bool kBackwards = false>
 class TileWalk;
 
 // With an epilogue the thread's index is read anew for each walk: what would be kept of an earlier one, to save a few
@@ -36,8 +36,8 @@ __device__ __forceinline__ unsigned thread_of_walk() {
   return threadIdx.x;
 }
 
-template <int kVector, int kThreads, bool kEpilogue>
-class TileWalk<RowView, kVector, kThreads, kEpilogue> {
+template <int kVector, int kThreads, bool kEpilogue, bool kBackwards>
+class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
  public:
   static constexpr int kFoldWidth = 32;
 
@@ -54,9 +54,10 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
     const int64_t first = split * view.split_vectors + thread_of_walk<kEpilogue>();
     const int64_t all = view.shape.outer * view.run_vectors;
     const int64_t end = all < (split + 1) * view.split_vectors ? all : (split + 1) * view.split_vectors;
-    const int64_t run = first / view.run_vectors;
     count_ = first < end ? static_cast<int>((end - first + kThreads - 1) / kThreads) : 0;
-    vector_ = first - run * view.run_vectors;
+    const int64_t start = first + int64_t(kBackwards ? count_ - 1 : 0) * kThreads;
+    const int64_t run = start / view.run_vectors;
+    vector_ = start - run * view.run_vectors;
     run_start_ = run * pitch_ + tile.first * inner_;
     run_slot_ = run * view.outer_slots + tile.first * view.run_vectors;
   }
@@ -71,6 +72,17 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
     const Slot slot{run_start_ - head + vector_ * kVector, vector_ == 0 ? head : 0,
                     left < kVector ? static_cast<int>(left) : kVector, kEpilogue ? run_slot_ + vector_ : 0};
     samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
+    if constexpr (kBackwards) {
+      vector_ -= step_vectors_;
+      run_start_ -= step_starts_;
+      if (kEpilogue) run_slot_ -= view_.step_slots;
+      if (vector_ < 0) {
+        vector_ += run_vectors_;
+        run_start_ -= pitch_;
+        if (kEpilogue) run_slot_ -= view_.outer_slots;
+      }
+      return slot;
+    }
     vector_ += step_vectors_;
     run_start_ += step_starts_;
     if (kEpilogue) run_slot_ += view_.step_slots;
@@ -106,8 +118,8 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue> {
   int64_t samples_ = 0;
 };
 
-template <int kVector, int kThreads, bool kEpilogue>
-class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
+template <int kVector, int kThreads, bool kEpilogue, bool kBackwards>
+class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
  public:
   __device__ static Tile tile(const ColumnView& view, int64_t index) {
     const int64_t first = index * view.tile_channels;
@@ -133,7 +145,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     const int64_t left = view.all_phase_rows + (phase < view.long_phases ? 1 : 0) - part_first;
     const int end = static_cast<int>(left < view.phase_rows ? left : view.phase_rows);
     count_ = lane < view.lanes && lane < end ? (end - lane + view.lanes - 1) / view.lanes : 0;
-    const int64_t first = part_first + lane;
+    const int64_t start = part_first + lane + int64_t(kBackwards ? count_ - 1 : 0) * view.lanes;
 
     const int64_t phase_start = phase * pitch + tile.first * inner_;
     head_ = static_cast<int>(phase_start + view.misalignment) & (kVector - 1);
@@ -141,9 +153,9 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
     const int width = row_channels_ * channel_items_;
     low_ = column_ < 0 ? -column_ : 0;
     high_ = width - column_ < kVector ? width - column_ : kVector;
-    offset_ = phase_start + first * view.phases * pitch + column_;
+    offset_ = phase_start + start * view.phases * pitch + column_;
     step_ = view.lanes * view.phases * pitch;
-    slot_ = first * view.row_slots + tile.first * inner_ / kVector + vector;
+    slot_ = start * view.row_slots + tile.first * inner_ / kVector + vector;
   }
 
   __device__ int count() const { return count_; }
@@ -152,8 +164,8 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue> {
   __device__ __forceinline__ Slot next() {
     const int64_t left = elements_ - offset_;  // the last row may end early
     const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_, kEpilogue ? slot_ : 0};
-    offset_ += step_;
-    if (kEpilogue) slot_ += view_.step_slots;
+    offset_ += kBackwards ? -step_ : step_;
+    if (kEpilogue) slot_ += kBackwards ? -view_.step_slots : view_.step_slots;
     return slot;
   }
 
@@ -226,6 +238,14 @@ __device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit
   } else {
     visit(slots, Constant<false>{}, index);
   }
+}
+
+// The same way, but for its first slots.
+template <class Walk>
+__device__ __forceinline__ Walk without_first(Walk walk, int slots) {
+#pragma unroll 1
+  for (int i = 0; i < slots; ++i) walk.next();
+  return walk;
 }
 
 template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
