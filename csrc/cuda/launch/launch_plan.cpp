@@ -190,7 +190,8 @@ int64_t partial_results(const Shape& shape, const StepPlan& step) {
   return step.splits > 1 ? shape.channels * step.splits : 0;
 }
 
-// What `resident` keeps: of how many tensors, and the sizes of a channel's results.
+// What `resident` keeps: of how many tensors, how many slots at once where it streams, and the sizes of a channel's
+// results.
 struct Kept {
   int inputs, chunk;
   int64_t element_bytes, item_bytes, coefficient_bytes;
@@ -389,7 +390,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits
   if (!params.batch_statistics) return plan;
   if (params.record == nullptr) {
     const Kept kept{1,
-                    4,
+                    kForwardChunk,
                     element_size(params.dtype),
                     bytes_of<Moments>(1, params.dtype),
                     bytes_of<NormalizeCoefficients>(1, params.dtype),
@@ -423,7 +424,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
   const int64_t coefficient_bytes = bytes_of<InputGradientCoefficients>(1, params.dtype);
   if (plan.needs_sums && plan.needs_input_gradient) {
     const Kept kept{2,
-                    2,
+                    kBackwardChunk,
                     element_size(params.dtype),
                     bytes_of<GradientPartial>(1, params.dtype),
                     epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes,
