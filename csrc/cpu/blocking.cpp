@@ -87,7 +87,8 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t fitting = std::max<int64_t>(1, private_cache / channel_bytes);
   int64_t block = std::min({fitting, widest, share});
   if (block > unit) block -= block % unit;
-  const bool near = share * channel_bytes <= private_cache;
+  // Of the lines of a row, a share of the columns is always the same ones, which fall on a part of the cache's sets.
+  const bool near = share * channel_bytes <= (blocking.columns ? private_cache / 2 : private_cache);
   const bool from_memory = blocking.columns && tensor_bytes * tensors > shared_cache;
   const bool long_runs = block * run_bytes >= (near ? shortest_near_run : (from_memory ? 2 : 1) * shortest_run);
   const bool resident = block * channel_bytes * tasks <= shared_cache;
