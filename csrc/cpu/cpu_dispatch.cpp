@@ -58,7 +58,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t always_fresh = 32 << 20;
   constexpr uintptr_t page = 4096;
-  if (data == nullptr || bytes <= always_fresh) return;
+  if (data == nullptr || bytes < always_fresh) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
   // Advice only: a refusal changes nothing but speed.
