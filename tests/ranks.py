@@ -71,7 +71,7 @@ class Ranks:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        for pipe in self._pipes:  # or those that start first would wait for the others no longer than TIMEOUT
+        for pipe in self._pipes:  # or the first to start would wait no longer than TIMEOUT for others
             pipe.recv_bytes()
 
     @staticmethod
