@@ -71,7 +71,9 @@ class Ranks:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        for pipe in self._pipes:  # or the first to start would wait no longer than TIMEOUT for others
+        for (
+            pipe
+        ) in self._pipes:  # or the first to start would wait no longer than TIMEOUT for others
             pipe.recv_bytes()
 
     @staticmethod
