@@ -71,9 +71,8 @@ class Ranks:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        for (
-            pipe
-        ) in self._pipes:  # or the first to start would wait no longer than TIMEOUT for others
+        # Or the first to start would wait no longer than TIMEOUT for the others.
+        for pipe in self._pipes:
             pipe.recv_bytes()
 
     @staticmethod
