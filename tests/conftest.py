@@ -103,7 +103,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> None:
+def _repeatable() -> Generator[None, Any, None]:
     """Of the layers around batch norm, too, the same bits twice, and in full float32."""
     torch.manual_seed(20150211)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
