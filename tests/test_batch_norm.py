@@ -240,3 +240,17 @@ def test_calls_from_many_threads(device):
             for got, want in zip(pool.map(step, data), expected, strict=True):
                 for actual, exact_value in zip(got, want, strict=True):
                     torch.testing.assert_close(actual, exact_value)
+
+
+@pytest.mark.native
+def test_statistics_of_an_empty_batch_are_zero(device):
+    """Not what their memory held before: a sum of nothing times NaN is NaN."""
+    x = torch.empty(0, 64, 3, 3, device=device)
+    for _ in range(4):
+        held = [torch.full((64,), torch.nan, device=device) for _ in range(4)]
+        del held
+        _, mean, inv_std = torch.ops.batchnorm_ext.forward(
+            x, None, None, None, None, None, True, 0.1, 1e-5, False
+        )
+        assert not mean.any()
+        assert not inv_std.any()

@@ -104,12 +104,17 @@ inline Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, at::Scala
   return at::detail::empty_cpu(sizes, type);
 }
 
-// One value a channel, in the type that sums are kept in, and rows of them.
+// One value a channel, in the type that sums are kept in, and rows of them. Of an empty batch nothing computes them:
+// they are zero, and so are the batch's sums times them.
+inline Tensor statistics_to_compute(const Tensor& input, at::IntArrayRef sizes) {
+  Tensor statistics = empty_beside(input, sizes, accumulate_type(input.scalar_type()));
+  return input.numel() == 0 ? statistics.zero_() : statistics;
+}
 inline Tensor empty_statistic(const Tensor& input) {
-  return empty_beside(input, {channels_of(input)}, accumulate_type(input.scalar_type()));
+  return statistics_to_compute(input, {channels_of(input)});
 }
 inline Tensor empty_statistics(const Tensor& input, int64_t rows) {
-  return empty_beside(input, {rows, channels_of(input)}, accumulate_type(input.scalar_type()));
+  return statistics_to_compute(input, {rows, channels_of(input)});
 }
 
 // A per-channel argument: absent, or one value per channel, on the input's device, in the input's type or the type that
