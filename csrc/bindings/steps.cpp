@@ -162,7 +162,7 @@ Tensor input_gradient_call(const Tensor& grad_output, const Tensor& input, const
   const Tensor dy = dense_as(grad_output, x);
   const Tensor residual = fusion != nullptr && fusion->need_u() ? checked_residual(fusion->residual, x) : Tensor();
   const auto weight = compact(or_undefined(weight_arg));
-  Tensor dx = x.is_same(input) ? empty_or_copy(dy, grad_output) : x;
+  Tensor dx = empty_or_copy(x, input, dy, grad_output);
   BackwardParams params{};
   params.shape = shape_of(dy);
   params.dtype = dtype;

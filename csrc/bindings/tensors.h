@@ -98,6 +98,11 @@ inline Tensor empty_or_copy(const Tensor& operand, const Tensor& argument) {
   return operand.is_same(argument) ? empty_like_dense(operand) : operand;
 }
 
+// The same for dx, which may take the place of x or of dy. No x where the call does without.
+inline Tensor empty_or_copy(const Tensor& x, const Tensor& input, const Tensor& dy, const Tensor& grad_output) {
+  return x.defined() && !x.is_same(input) ? x : empty_or_copy(dy, grad_output);
+}
+
 // An uninitialised tensor of any shape, contiguous, on the device of `input`.
 inline Tensor empty_beside(const Tensor& input, at::IntArrayRef sizes, at::ScalarType type) {
   if (!input.is_cpu()) return at::empty(sizes, input.options().dtype(type));

@@ -145,7 +145,7 @@ struct JoinedSums {
 
 // Gradients of the forward call; null outputs are not computed. x may be null when only dbias, or in evaluation only
 // dx and dbias, are asked for. Behind an activation all of them follow from dy * activation'(u), which is dresidual. u
-// is that of `mask`, or else computed from x, epilogue.residual and `shift`.
+// is that of `mask`, or else computed from x, epilogue.residual and `shift`. dx may be dy or x.
 struct BackwardParams {
   Shape shape;
   DType dtype;  // of x, dy and dx
