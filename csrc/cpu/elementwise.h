@@ -107,6 +107,7 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
     for (; i < count; i += lanes) map_vector(map, k, in, out, 0, mask, i, min(lanes, count - i));
     return;
   }
+  static_assert(whole < 4 && unroll % 2 == 0);
   if constexpr (whole >= 0) {
     if constexpr (whole >= 2) map_two_vectors(map, k, k, in, out, 0, mask, 0);
     if constexpr (whole % 2 == 1) map_vector(map, k, in, out, 0, mask, (whole - 1) * lanes, lanes);
@@ -159,6 +160,7 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
   }
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* const bits = move_mask<Map>(mask, r * mask_pitch);
+    static_assert(wide == 1 || wide % 2 == 0);
     for (int w = 0; w + 1 < wide; w += 2) {
       map_two_vectors(map, k[w], k[w + 1], in, out, r * pitch, bits, column + w * lanes);
     }
