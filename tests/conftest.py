@@ -103,8 +103,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20150211)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _repeatable() -> Generator[None, Any, None]:
     """Of the layers around batch norm, too, the same bits twice, and in full float32."""
-    torch.manual_seed(20150211)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield
