@@ -117,6 +117,38 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
+
+// Two elements a lane, of which dot products are added up without widening them. Subnormal numbers are zero to them.
+template <>
+constexpr bool has_dot_products<bfloat16> = true;
+
+struct BFloat16Pairs {
+  __m512i v;
+};
+
+BN_HOST_DEVICE BFloat16Pairs load_pairs(const bfloat16* p) {
+  return {_mm512_loadu_si512(p)};
+}
+// The first `count` < 2 * lanes elements, and bfloat16 values from `rest` behind them.
+BN_HOST_DEVICE BFloat16Pairs load_first_pairs(const bfloat16* p, int64_t count, F32 rest) {
+  const UInt32s high = (UInt32s)rest.v;
+  const __m512i twice = (__m512i)(high | high >> 16);
+  return {_mm512_mask_loadu_epi16(twice, static_cast<__mmask32>((uint64_t(1) << count) - 1), p)};
+}
+// One element of each of two rows a lane.
+BN_HOST_DEVICE BFloat16Pairs load_pairs(const bfloat16* row, const bfloat16* next) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next));
+  return {_mm512_permutex2var_epi16(_mm512_castsi256_si512(first), order, _mm512_castsi256_si512(second))};
+}
+// Adds the elements to s and their squares to q.
+BN_HOST_DEVICE void add_pairs(BFloat16Pairs x, F32& s, F32& q) {
+  const __m512i ones = _mm512_set1_epi16(0x3f80);
+  s.v = _mm512_dpbf16_ps(s.v, (__m512bh)x.v, (__m512bh)ones);
+  q.v = _mm512_dpbf16_ps(q.v, (__m512bh)x.v, (__m512bh)x.v);
+}
 #else
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
   return (__m256i)narrow_bfloat16(a);

@@ -204,6 +204,15 @@ inline bool all_finite(const double* values, int64_t count) {
   return others == 0;
 }
 
+inline bool all_above(double limit, const double* values, int64_t count) {
+  int64_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others += values[i] > limit ? 0 : 1;
+  return others == 0;
+}
+
+// A variance that dot products, to which numbers below 2^-126 are zero, give to the precision of float.
+constexpr double smallest_pair_variance = 1e-30;
+
 // action(outer, inner) for each sample of one channel. For the rare channels whose sums overflowed.
 template <class Action>
 inline void for_each_sample(const Shape& shape, Range samples, const Action& action) {
@@ -252,9 +261,9 @@ BN_CPU_NOINLINE void set_first_centers(const Shape& shape, const E* x, Range cha
 
 // Each slab is summed around the mean of the samples before it, and the first around one of its own, so that sums of
 // squares in the accumulate type lose nothing however large the mean is, or one of the samples.
-template <class E, class A>
-BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels,
-                                        Range samples, A* center, PartialSums moments) {
+template <class Sum, class E, class A>
+BN_CPU_NOINLINE void sum_statistics(const Sum& sum, const Shape& shape, const Blocking& blocking, const E* x,
+                                    Range channels, Range samples, A* center, PartialSums moments) {
   for (int64_t c = channels.begin; c < channels.end; ++c) moments.first[c] = moments.second[c] = 0.0;
   if (samples.size() == 0) return;
   const A* const pivot = center + channels.begin;
@@ -268,7 +277,7 @@ BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& bloc
     } else {
       set_centers<E>(mean, channels.size(), center + channels.begin);
     }
-    sum_slab(Statistics{}, shape, blocking, Inputs<E, 1>{{x}}, nullptr, channels, slab, Coefficients<A>{{center}},
+    sum_slab(sum, shape, blocking, Inputs<E, 1>{{x}}, nullptr, channels, slab, Coefficients<A>{{center}},
              [&](const A* s, const A* q) {
                for (int64_t i = 0; i < channels.size(); ++i) {
                  const Moments<double> before{mean[i], m2[i], merged};
@@ -281,7 +290,18 @@ BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& bloc
     merged += slab.size();
     begin = slab.end;
   }
+}
 
+template <class E, class A>
+inline void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels, Range samples,
+                               A* center, PartialSums moments) {
+  double* const m2 = moments.second + channels.begin;
+  const double count = static_cast<double>(samples.size());
+  if constexpr (has_dot_products<E>) {
+    sum_statistics(PairStatistics{}, shape, blocking, x, channels, samples, center, moments);
+    if (all_above(smallest_pair_variance * count, m2, channels.size()) && all_finite(m2, channels.size())) return;
+  }
+  sum_statistics(Statistics{}, shape, blocking, x, channels, samples, center, moments);
   if (all_finite(m2, channels.size())) return;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     if (all_finite(&moments.second[c], 1)) continue;
@@ -290,7 +310,7 @@ BN_CPU_NOINLINE void channel_statistics(const Shape& shape, const Blocking& bloc
       return static_cast<double>(widen(x[(outer * shape.channels + c) * shape.inner + inner]));
     };
     for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) { sum += value_at(outer, inner); });
-    const double exact_mean = sum / static_cast<double>(merged);
+    const double exact_mean = sum / count;
     for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
       const double deviation = value_at(outer, inner) - exact_mean;
       squares += deviation * deviation;

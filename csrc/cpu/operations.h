@@ -14,6 +14,7 @@ struct Operation {
   static constexpr MaskUse mask = MaskUse::none;
   static constexpr int outputs = 1;
   static constexpr bool heavy = false;  // so much code that it stands once in a loop
+  static constexpr bool pairs = false;  // by dot products of pairs of elements
 };
 
 // ---- Activations, chosen when compiled or when called ----
@@ -73,6 +74,10 @@ struct Statistics : Operation {
   BN_HOST_DEVICE static V neutral(V center) {
     return center;
   }
+};
+
+struct PairStatistics : Statistics {
+  static constexpr bool pairs = true;
 };
 
 struct Normalize : Operation {

@@ -219,6 +219,11 @@ BN_HOST_DEVICE void store_first(E* p, int64_t count, Vec<accumulate_t<E>> a) {
 }
 #endif
 
+// Whether sums of E and of its squares can be added up in pairs; an instruction set that can brings load_pairs,
+// load_first_pairs and add_pairs.
+template <class E>
+constexpr bool has_dot_products = false;
+
 // Pairwise: half the lanes are added to the other half until one is left.
 template <class A, int count>
 BN_HOST_DEVICE A sum_of_native(typename NativeVector<A, count>::type v) {

@@ -1,7 +1,7 @@
 // Two sums per channel over a range of samples, in the planes and the columns view. What is summed is the Sum
 // operation:
 //   Sum::inputs, Sum::coefficients       how many tensors and how many values per channel it reads
-//   Sum::mask, Sum::heavy                whether it reads a mask, and whether its code is to stand once in a loop
+//   Sum::mask, Sum::heavy, Sum::pairs    as operations.h has them
 //   add(k, in, is_blocked, s, q)         adds one vector of samples to the two sums; k are the coefficients, one vector
 //                                        each, and k[0] is what sums are taken around
 // Sums are short (accumulate type) and handed over in arrays with one value a channel, to be merged in double.
@@ -104,6 +104,52 @@ BN_HOST_DEVICE void with_constant(int64_t count, const Action& action) {
   }
 }
 
+// Sums around a center by dot products, which take the elements as they are: s and q begin with what `pairs` pairs of
+// the center would take from them, and centered() turns q into the sum of squared deviations. The squares of bfloat16
+// have 16 bits. So a lane's sum of up to 16 that lie within a factor of 16, as where the mean is large, is exact in
+// float; where they do not, they are deviations as large as the mean.
+constexpr int64_t longest_chain = 8;
+template <class A>
+BN_HOST_DEVICE SumPair<A> chain_around(Vec<A> center, int64_t pairs) {
+  const Vec<A> s = center * Vec<A>(static_cast<A>(-2 * pairs));
+  return {s, center * s};
+}
+template <class A>
+BN_HOST_DEVICE SumPair<A> centered(Vec<A> center, SumPair<A> chain) {
+  return {chain.s, multiply_add(center * Vec<A>(A(-2)), chain.s, chain.q)};
+}
+
+// As sum_run, for which `whole` counts vectors of pairs.
+template <int whole, class E, class A = accumulate_t<E>>
+BN_HOST_DEVICE void sum_run_of_pairs(const E* x, int64_t count, Vec<A> center, SumPair<A>& sums) {
+  constexpr int64_t step = 2 * Vec<A>::lanes;
+  constexpr int unroll = accumulators;
+  const auto add = [&](SumPair<A> chain) {
+    const SumPair<A> found = centered(center, chain);
+    sums.s += found.s;
+    sums.q += found.q;
+  };
+  int64_t i = 0;
+  if constexpr (whole < 0) {
+    while (count - i >= unroll * step) {
+      const int64_t pairs = min(longest_chain, (count - i) / (unroll * step));
+      SumPair<A> partial[unroll];
+      for (auto& chain : partial) chain = chain_around(center, pairs);
+      for (const int64_t end = i + pairs * unroll * step; i < end; i += unroll * step) {
+        for (int u = 0; u < unroll; ++u) add_pairs(load_pairs(x + i + u * step), partial[u].s, partial[u].q);
+      }
+      add({(partial[0].s + partial[1].s) + (partial[2].s + partial[3].s),
+           (partial[0].q + partial[1].q) + (partial[2].q + partial[3].q)});
+    }
+  }
+  const int64_t left = whole >= 0 ? whole : (count - i) / step;
+  const int64_t some = count - i - left * step;
+  SumPair<A> chain = chain_around(center, left + (some > 0 ? 1 : 0));
+  for (int64_t w = 0; w < left; ++w) add_pairs(load_pairs(x + i + w * step), chain.s, chain.q);
+  if (some > 0) add_pairs(load_first_pairs(x + i + left * step, some, center), chain.s, chain.q);
+  add(chain);
+}
+
 // One contiguous run of a channel, and its bits of the mask. If `whole` is not negative, the run is of so many whole
 // vectors and less than one more.
 template <class Sum, int whole, class E, class A = accumulate_t<E>>
@@ -113,6 +159,7 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
   constexpr int unroll = accumulators;
   Vec<A> k[Sum::coefficients];
   for (int n = 0; n < Sum::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][channel]);
+  if constexpr (Sum::pairs) return sum_run_of_pairs<whole>(in.of[0], count, k[0], sums);
   const auto add = [&](int64_t at, int64_t some, SumPair<A>& to) {
     Vec<A> v[Sum::inputs];
     if (some == lanes) {
@@ -158,7 +205,18 @@ BN_HOST_DEVICE void sum_tile(const Sum& sum, Inputs<E, Sum::inputs> in, int64_t 
     for (int n = 0; n < Sum::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
     sums[w] = {Vec<A>(A(0)), Vec<A>(A(0))};
   }
-  for (int64_t r = 0; r < rows; ++r) {
+  int64_t r = 0;
+  if constexpr (Sum::pairs && wide > 1) {
+    for (int w = 0; w < wide; ++w) sums[w] = chain_around(k[w][0], rows / 2);
+    for (; r + 2 <= rows; r += 2) {
+      for (int w = 0; w < wide; ++w) {
+        const E* const x = in.of[0] + r * pitch + column + w * lanes;
+        add_pairs(load_pairs(x, x + pitch), sums[w].s, sums[w].q);
+      }
+    }
+    for (int w = 0; w < wide; ++w) sums[w] = centered(k[w][0], sums[w]);
+  }
+  for (; r < rows; ++r) {
     for (int w = 0; w < wide; ++w) {
       const int64_t at = column + w * lanes;
       Vec<A> v[Sum::inputs];
@@ -207,8 +265,9 @@ inline void sum_runs(Sum sum, Inputs<E, Sum::inputs> in, const uint8_t* mask, in
       mask = move_mask<Sum>(mask, mask_pitch);
     }
   };
-  if (!Sum::heavy && count < accumulators * Vec<A>::lanes) {
-    return with_constant(count / Vec<A>::lanes, [&](auto whole) {
+  constexpr int64_t step = (Sum::pairs ? 2 : 1) * Vec<A>::lanes;
+  if (!Sum::heavy && count < accumulators * step) {
+    return with_constant(count / step, [&](auto whole) {
       walk([&](int64_t c) { sum_run<Sum, decltype(whole)::value>(sum, in, mask, count, coefficients, c, *sums++); });
     });
   }

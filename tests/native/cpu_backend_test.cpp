@@ -759,16 +759,37 @@ void test_streamed() {
   }
 }
 
+template <class E>
 void test_large_means() {
-  for (const double mean : {1e4, 1e5, 1e6}) {
-    for (const Shape& shape : {Shape{16, 3, 3136}, Shape{20000, 16, 1}, Shape{3, 5, 8}}) {
-      Case<float> c(shape, mean, 1);
+  const bool is_short = sizeof(E) == 2;  // in whose precision little is left of a deviation a thousandth of the mean
+  for (const double mean : is_short ? std::vector<double>{3, 8, 30, 400} : std::vector<double>{1e4, 1e5, 1e6}) {
+    for (const Shape& shape : {Shape{16, 3, 3136}, Shape{20000, 16, 1}, Shape{999, 64, 1}, Shape{3, 5, 8}}) {
+      Case<E> c(shape, mean, 1);
       for (const int threads : {1, 3}) {
         check_forward(c, c.forward(threads, true), true, 0.1, c.name() + " mean " + std::to_string(mean));
       }
       // A beginning far from the rest must not spoil the sums around it.
       for (int64_t channel = 0; channel < shape.channels; ++channel) c.x.set(c.at(channel, 0), 0);
       check_forward(c, c.forward(2, true), true, 0.1, c.name() + " outlier first, mean " + std::to_string(mean), 64);
+    }
+  }
+}
+
+// Of which squares, and at last the values themselves, are too small for what adds them up.
+template <class E>
+void test_small_values() {
+  for (const double size : {1e-12, 1e-16, 1e-20, 1e-39}) {
+    for (const Shape& shape : {Shape{4, 3, 500}, Shape{1100, 64, 1}, Shape{2, 9, 49}}) {
+      for (const double mean : {0.0, 0.5, 5.0}) {
+        Case<E> c(shape, mean * size, size);
+        c.eps = std::max(1e-36, size * size);
+        for (const int threads : {1, 2}) {
+          check_forward(c, c.forward(threads, true), true, 0.1, c.name() + " values of " + std::to_string(size));
+        }
+        // Beside a channel like any other.
+        for (int64_t i = 0; i < shape.samples(); ++i) c.x.set(c.at(1, i), c.dy.at(c.at(1, i)));
+        check_forward(c, c.forward(2, true), true, 0.1, c.name() + " some values of " + std::to_string(size));
+      }
     }
   }
 }
@@ -955,7 +976,11 @@ void test_all() {
   test_exponentials<double>();
   test_exponentials<float>();
   test_masks_agree();
-  test_large_means();
+  test_large_means<float>();
+  test_large_means<float16>();
+  test_large_means<bfloat16>();
+  test_small_values<float>();
+  test_small_values<bfloat16>();
   test_means_that_move<float>();
   test_means_that_move<bfloat16>();
   test_constant<double>();
