@@ -822,4 +822,5 @@ def test_module_in_place(device):
             conv.zero_grad()
             layer(conv(x)).square().sum().backward()
             outcomes.append((conv.weight.grad.clone(), layer.weight.grad, layer.running_var))
-        torch.testing.assert_close(*outcomes)
+        # An input that is computed from the output is rounded once more, in sums where much cancels.
+        torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)

@@ -326,6 +326,8 @@ BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool backwar
 
 // From the first row of a tile to its last, at most: half of what a first-level cache has of one set after another.
 constexpr int64_t spread_of_rows = 8 << 10;
+// What a third-level cache hands out as fast in any order, at most.
+constexpr int64_t held_bytes = 20 << 20;
 
 template <class Map, class E, class A>
 BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t repeat, bool backwards, bool stream,
@@ -338,10 +340,12 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
   // A tile reads coefficients once for all its rows, but memory is read best in its order. Elements that are converted
-  // are worth more rows, as long as these do not fall on the same cache sets.
+  // are worth more rows, as long as these do not fall on the same cache sets, and the caches hold the tensors.
   const int64_t pitch_bytes = pitch * static_cast<int64_t>(sizeof(E));
   const int64_t together = min(rows_together, max(1, spread_of_rows / pitch_bytes));
-  const int64_t tile_rows = sizeof(E) == sizeof(A) && pitch_bytes >= 1024 ? 1 : together;
+  const int64_t moved_bytes = shape.elements() * static_cast<int64_t>(sizeof(E)) * (Map::inputs + Map::outputs);
+  const bool in_order = sizeof(E) == sizeof(A) ? pitch_bytes >= 1024 : pitch_bytes >= 512 && moved_bytes > held_bytes;
+  const int64_t tile_rows = in_order ? 1 : together;
   LineWriters<E, Map::outputs> writers;
   for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
