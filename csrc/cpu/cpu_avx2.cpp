@@ -51,21 +51,22 @@ BN_HOST_DEVICE F32 widen_bits(__m128i bits, bfloat16) {
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, float16) {
   return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
 }
-// The upper halves of lanes, rounded to even, in the lower halves. NaN becomes the one with all bits set.
+// Lanes whose upper halves are rounded to even. NaN becomes the one with all bits set.
 BN_HOST_DEVICE __m256i round_to_upper_half(F32 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_or_si256(rounded, is_nan), 16);
+  return _mm256_or_si256(rounded, is_nan);
 }
 // Packing takes 128 bits of each in turn.
-BN_HOST_DEVICE __m256i pack_halves(__m256i a, __m256i b) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+BN_HOST_DEVICE __m256i pack_upper_halves(__m256i a, __m256i b) {
+  const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, bfloat16) {
-  const __m256i halves = round_to_upper_half(a);
-  return _mm256_castsi256_si128(pack_halves(halves, halves));
+  const __m256i rounded = round_to_upper_half(a);
+  return _mm256_castsi256_si128(pack_upper_halves(rounded, rounded));
 }
 
 template <class E>
@@ -85,7 +86,30 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bits(a, bfloat16{}));
 }
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_halves(round_to_upper_half(a), round_to_upper_half(b)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_upper_halves(round_to_upper_half(a), round_to_upper_half(b)));
+}
+
+// Even and odd elements are already the halves of lanes.
+template <>
+constexpr bool has_zipped_vectors<bfloat16> = true;
+
+BN_HOST_DEVICE void load_zipped(const bfloat16* p, F32& even, F32& odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+BN_HOST_DEVICE void store_zipped(bfloat16* p, F32 even, F32 odd) {
+  const __m256i low = _mm256_srli_epi32(round_to_upper_half(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, round_to_upper_half(odd), 0xaa));
+}
+// Two vectors one behind the other become the even and the odd elements of both.
+BN_HOST_DEVICE void zip(F32& a, F32& b) {
+  const auto halves = [&](__m256 pairs) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
+  };
+  const __m256 even = _mm256_shuffle_ps(a.v, b.v, 0x88), odd = _mm256_shuffle_ps(a.v, b.v, 0xdd);
+  a.v = halves(even);
+  b.v = halves(odd);
 }
 
 // ---- Ends of runs ----

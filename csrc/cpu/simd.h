@@ -224,6 +224,10 @@ BN_HOST_DEVICE void store_first(E* p, int64_t count, Vec<accumulate_t<E>> a) {
 template <class E>
 constexpr bool has_dot_products = false;
 
+// Whether two vectors of E are sooner loaded and stored as the even and the odd elements.
+template <class E>
+constexpr bool has_zipped_vectors = false;
+
 // Pairwise: half the lanes are added to the other half until one is left.
 template <class A, int count>
 BN_HOST_DEVICE A sum_of_native(typename NativeVector<A, count>::type v) {
