@@ -91,19 +91,18 @@ BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
 
 // Even and odd elements are already the halves of lanes.
 template <>
-constexpr bool has_zipped_vectors<bfloat16> = true;
+constexpr bool prefers_even_odd<bfloat16> = true;
 
-BN_HOST_DEVICE void load_zipped(const bfloat16* p, F32& even, F32& odd) {
+BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-BN_HOST_DEVICE void store_zipped(bfloat16* p, F32 even, F32 odd) {
+BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
   const __m256i low = _mm256_srli_epi32(round_to_upper_half(even), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, round_to_upper_half(odd), 0xaa));
 }
-// Two vectors one behind the other become the even and the odd elements of both.
-BN_HOST_DEVICE void zip(F32& a, F32& b) {
+BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   const auto halves = [&](__m256 pairs) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
   };

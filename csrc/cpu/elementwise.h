@@ -20,10 +20,9 @@ BN_HOST_DEVICE void store_two(E* p, Vec<accumulate_t<E>> a, Vec<accumulate_t<E>>
   store(p + Vec<accumulate_t<E>>::lanes, b);
 }
 
-// Where it saves work, two vectors are zipped: one has the even elements, the other the odd ones. An instruction set
-// that zips E brings load_zipped, store_zipped and zip.
+// Whether two vectors hold the even and the odd elements of their run.
 template <class Map, class E>
-constexpr bool is_zipped = has_zipped_vectors<E> && Map::mask == MaskUse::none && !Map::heavy;
+constexpr bool is_even_odd = prefers_even_odd<E> && Map::mask == MaskUse::none;
 
 template <class E, int count>
 struct Outputs {
@@ -49,12 +48,12 @@ struct Outputs {
     }
   }
 
-  template <bool zipped, class A>
+  template <bool even_odd, class A>
   BN_HOST_DEVICE void store_two_vectors(int64_t offset, const Vec<A>* v, const Vec<A>* next) const {
     for (int n = 0; n < count; ++n) {
       if (!has(n)) continue;
-      if constexpr (zipped) {
-        store_zipped(of[n] + offset, v[n], next[n]);
+      if constexpr (even_odd) {
+        store_even_odd(of[n] + offset, v[n], next[n]);
       } else {
         store_two(of[n] + offset, v[n], next[n]);
       }
@@ -89,21 +88,22 @@ BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::i
   out.store_vectors(offset + at, some, results);
 }
 
-// Two vectors one behind the other, which 16-bit results are narrowed in. If they are zipped, so are the coefficients.
+// Two vectors one behind the other, which 16-bit results are narrowed in. If they are even and odd elements, so are the
+// coefficients.
 template <class Map, class E, class A>
 BN_HOST_DEVICE void map_two_vectors(const Map& map, const Vec<A>* k, const Vec<A>* next_k, Inputs<E, Map::inputs> in,
                                     Outputs<E, Map::outputs> out, int64_t offset, uint8_t* mask, int64_t at) {
   constexpr int64_t lanes = Vec<A>::lanes;
-  constexpr bool zipped = is_zipped<Map, E>;
+  constexpr bool even_odd = is_even_odd<Map, E>;
   Vec<A> v[2][Map::inputs], results[2][Map::outputs];
-  if constexpr (zipped) in.load_zipped_vectors(offset + at, v[0], v[1]);
+  if constexpr (even_odd) in.load_even_odd_vectors(offset + at, v[0], v[1]);
   for (int p = 0; p < 2; ++p) {
-    if constexpr (!zipped) in.load_vectors(offset + at + p * lanes, v[p]);
+    if constexpr (!even_odd) in.load_vectors(offset + at + p * lanes, v[p]);
     Flags<A> is_blocked = read_mask<Map>(mask, at + p * lanes, lanes, v[p][0]);
     map.apply(p == 0 ? k : next_k, v[p], is_blocked, results[p]);
     write_mask<Map>(mask, at + p * lanes, lanes, is_blocked);
   }
-  out.template store_two_vectors<zipped>(offset + at, results[0], results[1]);
+  out.template store_two_vectors<even_odd>(offset + at, results[0], results[1]);
 }
 
 // One contiguous run of a channel, and its bits of the mask; `whole` as in sum_run.
@@ -170,9 +170,9 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
   for (int w = 0; w < wide; ++w) {
     for (int n = 0; n < Map::coefficients; ++n) k[w][n] = load(coefficients.of[n] + column + w * lanes);
   }
-  if constexpr (is_zipped<Map, E>) {
+  if constexpr (is_even_odd<Map, E>) {
     for (int w = 0; w + 1 < wide; w += 2) {
-      for (int n = 0; n < Map::coefficients; ++n) zip(k[w][n], k[w + 1][n]);
+      for (int n = 0; n < Map::coefficients; ++n) to_even_odd(k[w][n], k[w + 1][n]);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -224,9 +224,10 @@ BN_HOST_DEVICE void store_first(E* p, int64_t count, Vec<accumulate_t<E>> a) {
 template <class E>
 constexpr bool has_dot_products = false;
 
-// Whether two vectors of E are sooner loaded and stored as the even and the odd elements.
+// Whether two vectors of E are sooner loaded and stored as the even and the odd elements; an instruction set where they
+// are brings load_even_odd, store_even_odd and, for two vectors one behind the other, to_even_odd.
 template <class E>
-constexpr bool has_zipped_vectors = false;
+constexpr bool prefers_even_odd = false;
 
 // Pairwise: half the lanes are added to the other half until one is left.
 template <class A, int count>

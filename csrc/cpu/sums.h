@@ -39,10 +39,10 @@ struct Inputs {
     for (int n = 0; n < count; ++n) v[n] = has(n) ? load(of[n] + offset) : Vec<A>(A(0));
   }
   template <class A>
-  BN_HOST_DEVICE void load_zipped_vectors(int64_t offset, Vec<A>* even, Vec<A>* odd) const {
+  BN_HOST_DEVICE void load_even_odd_vectors(int64_t offset, Vec<A>* even, Vec<A>* odd) const {
     for (int n = 0; n < count; ++n) {
       if (has(n)) {
-        load_zipped(of[n] + offset, even[n], odd[n]);
+        load_even_odd(of[n] + offset, even[n], odd[n]);
       } else {
         even[n] = odd[n] = Vec<A>(A(0));
       }
