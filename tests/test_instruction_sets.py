@@ -14,12 +14,15 @@ from batchnorm_ext._extension import backend
 
 CAPABILITIES = ("default", "avx2", "avx512")
 NAMES = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
-# Every kernel at shapes with vector heads, tails and several blocks; the layouts; the hard numbers.
+# Every kernel at shapes with vector heads, tails and several blocks; the layouts; the hard numbers; what is around.
 SELECTION = [
+    "test_activation.py",
     "test_batch_norm.py::test_shapes_and_dtypes",
     "test_batch_norm.py::test_layouts",
     "test_batch_norm.py::test_large_shapes",
     "test_batch_norm.py::test_repeatable_to_the_bit",
+    "test_mixed_precision.py",
+    "test_modules.py",
     "test_numerics.py",
     "test_running_statistics.py::test_nonfinite_values_stay_in_their_channel",
 ]

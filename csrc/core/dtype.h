@@ -10,7 +10,7 @@ namespace batchnorm_ext {
 
 enum class DType : int32_t { float64, float32, float16, bfloat16 };
 
-// 16-bit types are storage only: they are widened before any arithmetic.
+// 16-bit types are storage only: arithmetic is that of float.
 struct alignas(2) float16 {
   uint16_t bits;
 };

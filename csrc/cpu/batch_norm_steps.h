@@ -281,8 +281,10 @@ BN_CPU_NOINLINE void sum_statistics(const Sum& sum, const Shape& shape, const Bl
              [&](const A* s, const A* q) {
                for (int64_t i = 0; i < channels.size(); ++i) {
                  const Moments<double> before{mean[i], m2[i], merged};
+                 // Infinite in either direction, squares that overflowed become NaN, which no merge takes for a number.
+                 const A squares = q[i] + (q[i] - q[i]);
                  const Moments<double> after =
-                     merge(before, moments_from_sums<double>(pivot[i], s[i], q[i], slab.size()));
+                     merge(before, moments_from_sums<double>(pivot[i], s[i], squares, slab.size()));
                  mean[i] = after.mean;
                  m2[i] = after.m2;
                }

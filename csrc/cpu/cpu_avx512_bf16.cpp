@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with the bfloat16 conversion.
+// The kernels for AVX-512 with what it has for bfloat16: conversion and dot products.
 #if defined(__x86_64__)
 
 #include <immintrin.h>

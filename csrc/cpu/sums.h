@@ -116,9 +116,9 @@ BN_HOST_DEVICE void with_constant(int64_t count, const Action& action) {
 
 // Sums around a center by dot products, which take the elements as they are: s and q begin with what `pairs` pairs of
 // the center would take from them, and centered() turns q into the sum of squared deviations. The squares of bfloat16
-// have 16 bits. So a lane's sum of up to 16 that lie within a factor of 16, as where the mean is large, is exact in
-// float; where they do not, they are deviations as large as the mean.
-constexpr int64_t longest_chain = 8;
+// have 16 bits. So a lane's sum of 8 that lie within a factor of 32, as where the mean is large, is exact in float; of
+// others, each addition rounds a sum of at most 8 squares.
+constexpr int64_t longest_chain = 4;
 template <class A>
 BN_HOST_DEVICE SumPair<A> chain_around(Vec<A> center, int64_t pairs) {
   const Vec<A> s = center * Vec<A>(static_cast<A>(-2 * pairs));

@@ -783,12 +783,14 @@ void test_small_values() {
       for (const double mean : {0.0, 0.5, 5.0}) {
         Case<E> c(shape, mean * size, size);
         c.eps = std::max(1e-36, size * size);
+        char sizes[64];
+        std::snprintf(sizes, sizeof(sizes), " mean %g, deviation %g", mean * size, size);
         for (const int threads : {1, 2}) {
-          check_forward(c, c.forward(threads, true), true, 0.1, c.name() + " values of " + std::to_string(size));
+          check_forward(c, c.forward(threads, true), true, 0.1, c.name() + sizes);
         }
         // Beside a channel like any other.
         for (int64_t i = 0; i < shape.samples(); ++i) c.x.set(c.at(1, i), c.dy.at(c.at(1, i)));
-        check_forward(c, c.forward(2, true), true, 0.1, c.name() + " some values of " + std::to_string(size));
+        check_forward(c, c.forward(2, true), true, 0.1, c.name() + " partly" + sizes);
       }
     }
   }
@@ -836,23 +838,31 @@ void test_constant() {
 
 template <class E>
 void test_huge_values() {
-  for (const Shape& shape : {Shape{4, 3, 500}, Shape{1100, 20, 1}}) {
-    Case<E> c(shape, 1e30, 3e30);
-    for (const int threads : {1, 2}) {
-      const Forward<E> result = c.forward(threads, true);
-      bool good = true;
-      for (int64_t channel = 0; channel < shape.channels; ++channel) {
-        const Statistics s = statistics_of(c, channel);
-        const long double deviation = std::sqrt(s.m2 / shape.samples());
-        good = good && near(result.inv_std.at(channel), 1 / deviation, 1e-5 / double(deviation));
-        for (int64_t i = 0; i < shape.samples(); ++i) {
-          const long double expected =
-              (c.x.at(c.at(channel, i)) - s.mean) / deviation * c.weight.at(channel) + c.bias.at(channel);
-          good = good && near(result.y.at(c.at(channel, i)), expected,
-                              4 * unit_roundoff<E>() * (std::fabs(double(expected)) + 4));
-        }
+  const auto test = [](const Shape& shape, double mean, double std, int threads) {
+    Case<E> c(shape, mean, std);
+    const Forward<E> result = c.forward(threads, true);
+    bool good = true;
+    for (int64_t channel = 0; channel < shape.channels; ++channel) {
+      const Statistics s = statistics_of(c, channel);
+      const long double deviation = std::sqrt(s.m2 / shape.samples());
+      good = good && near(result.inv_std.at(channel), 1 / deviation, 1e-5 / double(deviation));
+      for (int64_t i = 0; i < shape.samples(); ++i) {
+        const long double expected =
+            (c.x.at(c.at(channel, i)) - s.mean) / deviation * c.weight.at(channel) + c.bias.at(channel);
+        good = good && near(result.y.at(c.at(channel, i)), expected,
+                            4 * unit_roundoff<E>() * (std::fabs(double(expected)) + 4));
       }
-      check(good, c.name() + " values of 1e30");
+    }
+    char sizes[64];
+    std::snprintf(sizes, sizeof(sizes), " mean %g, deviation %g", mean, std);
+    check(good, c.name() + sizes);
+  };
+  // Squares of deviations overflow, or squares of values in sums of several; in one slab or in several that are merged.
+  for (const Shape& shape : {Shape{4, 3, 500}, Shape{16, 2, 3136}, Shape{1100, 20, 1}, Shape{2000, 64, 1}}) {
+    for (const int threads : {1, 2}) {
+      test(shape, 1e30, 3e30, threads);
+      test(shape, 0, 1e30, threads);
+      for (const double mean : {6e18, 1e19, 1e20}) test(shape, mean, mean / 10, threads);
     }
   }
 }
