@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checks import assert_bitwise, call, check_call, check_gradients, differentiable
+from checks import assert_bitwise, call, call_act, check_call, check_gradients, differentiable
 from inputs import (
     DTYPES,
     LARGE_SHAPES,
@@ -124,6 +124,24 @@ def test_grad_output_of_another_layout(shape, layout, grad_layout, training, dev
     args = arguments(shape, device=device, layout=layout)
     args.dy = grad_layout(args.dy)
     check_call(args, training=training)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("grad_layout", [contiguous, channels_last])
+def test_gradients_have_the_strides_of_the_input(layout, grad_layout, device):
+    """Also where a dimension has one element, since its stride tells the memory format."""
+    args = arguments((4, 6, 1, 1), device=device, layout=layout)
+    args.dy = grad_layout(args.dy)
+    check_call(args)
+    y = call(args, training=True)
+    assert y.stride() == args.x.stride()
+    residual = torch.zeros_like(args.x).requires_grad_()
+    for output, inputs in (
+        (y, [args.x]),
+        (call_act(args, residual, "silu", training=True), [args.x, residual]),
+    ):
+        for gradient in torch.autograd.grad(output, inputs, args.dy):
+            assert gradient.stride() == args.x.stride()
 
 
 @MODES

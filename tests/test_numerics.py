@@ -7,8 +7,17 @@ import math
 import pytest
 import torch
 from checks import assert_bitwise, call, check_call, check_gradients, differentiable
-from inputs import DTYPES, LAYOUTS, arguments, channels_last, contiguous, every
-from oracle import BatchNorm, exact
+from inputs import (
+    DTYPES,
+    LAYOUTS,
+    STRIDED_LAYOUTS,
+    arguments,
+    channels_last,
+    contiguous,
+    every,
+    transposed,
+)
+from oracle import BatchNorm, Exact, exact
 from tolerances import assert_matches
 from torch import nn
 
@@ -96,6 +105,37 @@ def test_magnitudes_whose_squares_overflow(magnitude, layout, device):
     assert_matches(y, expected.y, "y")
     if magnitude < 1e37:  # there the sums behind the gradients exceed float32 too
         check_gradients(args, expected, torch.autograd.grad(y, differentiable(args), args.dy))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", **every(STRIDED_LAYOUTS | {"transposed": transposed}))
+def test_an_infinite_element_stays_in_its_channel(layout, dtype, training, device):
+    """Sums that are not finite are looked at once more, when dx may have taken the place of what they are of."""
+    args = arguments((4, 3, 5, 7), dtype, device=device, layout=layout)
+    args.dy = transposed(args.dy)
+    exact_gradients = BatchNorm(
+        *(args.x, args.weight, args.bias, args.running_mean, args.running_var), training=training
+    ).gradients(args.dy)
+    with torch.no_grad():
+        args.x[1, 1, 2, 3] = math.inf
+    y = call(args, training=training)
+    dx, dweight, dbias = torch.autograd.grad(y, differentiable(args), args.dy)
+    finite = [0, 2] if training else [0, 1, 2]
+    expected = Exact(
+        *(part[:, finite] for part in (exact_gradients[0].value, exact_gradients[0].scale))
+    )
+    assert_matches(dx[:, finite], expected, "dx")
+    expected = Exact(
+        *(part[[0, 2]] for part in (exact_gradients[1].value, exact_gradients[1].scale))
+    )
+    assert_matches(dweight[[0, 2]], expected, "dweight")
+    assert_matches(dbias, exact_gradients[2], "dbias")
+    if training:
+        assert dx[:, 1].isnan().all()
+        assert dweight[1].isnan()
+    else:
+        assert dweight[1] == math.copysign(math.inf, args.dy[1, 1, 2, 3])
 
 
 @TWO_LAYOUTS

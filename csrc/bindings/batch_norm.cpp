@@ -97,7 +97,7 @@ Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusi
   const auto weight = compact(call.weight);
   Gradients result;
   if (call.need_dx) result.dx = empty_or_copy(x, input, dy, grad_output);
-  if (fusion != nullptr && fusion->need_dresidual) result.dresidual = empty_like_dense(dy);
+  if (fusion != nullptr && fusion->need_dresidual) result.dresidual = empty_like_dense(need_x ? x : dy);
   if (call.dweight_dtype) result.dweight = empty_beside(dy, {channels}, *call.dweight_dtype);
   if (call.dbias_dtype) result.dbias = empty_beside(dy, {channels}, *call.dbias_dtype);
 

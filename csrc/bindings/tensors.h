@@ -98,9 +98,12 @@ inline Tensor empty_or_copy(const Tensor& operand, const Tensor& argument) {
   return operand.is_same(argument) ? empty_like_dense(operand) : operand;
 }
 
-// The same for dx, which may take the place of x or of dy. No x where the call does without.
+// The same for dx, which may take the place of x or of dy. No x where the call does without. The strides of dimensions
+// of size 1, which say what memory format a tensor is in, are x's.
 inline Tensor empty_or_copy(const Tensor& x, const Tensor& input, const Tensor& dy, const Tensor& grad_output) {
-  return x.defined() && !x.is_same(input) ? x : empty_or_copy(dy, grad_output);
+  if (!x.defined()) return empty_or_copy(dy, grad_output);
+  if (!x.is_same(input)) return x;
+  return dy.is_same(grad_output) ? empty_like_dense(x) : dy;
 }
 
 // An uninitialised tensor of any shape, contiguous, on the device of `input`.

@@ -198,9 +198,10 @@ inline void run_steps(const Shape& shape, const Blocking& blocking, const Thread
 // ---- channel_statistics and gradient_sums ----
 
 // Whether all of these are finite.
-inline bool all_finite(const double* values, int64_t count) {
+template <class T>
+inline bool all_finite(const T* values, int64_t count) {
   int64_t others = 0;
-  for (int64_t i = 0; i < count; ++i) others += values[i] - values[i] == 0.0 ? 0 : 1;
+  for (int64_t i = 0; i < count; ++i) others += values[i] - values[i] == T(0) ? 0 : 1;
   return others == 0;
 }
 
@@ -322,48 +323,60 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
   }
 }
 
-// after_slab(samples) is called while the slab is still in the cache. k[0] is the center.
+// The gradient sums of one channel, in double.
+template <class Gradient, class E, class A>
+BN_CPU_NOINLINE void sum_gradient_in_double(const Gradient& gradient, const Shape& shape, const Blocking& blocking,
+                                            Inputs<E, Gradient::inputs> in, const uint8_t* mask, int64_t channel,
+                                            Range samples, const Coefficients<A>& coefficients, double& sum_g,
+                                            double& sum_g_deviation) {
+  Vec<A> k[Gradient::coefficients];
+  for (int n = 0; n < Gradient::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][channel]);
+  for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
+    Vec<A> v[Gradient::inputs], g, value;
+    in.load_vectors((outer * shape.channels + channel) * shape.inner + inner, 1, Vec<A>(A(0)), v);
+    Flags<A> is_blocked{};
+    if constexpr (Gradient::mask == MaskUse::read) {
+      const MaskBit bit = mask_bit(shape, blocking, outer, channel, inner);
+      from_bits(mask[bit.byte] >> bit.shift & 1 ? 0u : 1u, is_blocked);
+    }
+    gradient.gradient(k, v, is_blocked, g, value);
+    const double first = static_cast<double>(g.v[0]);
+    sum_g += first;
+    sum_g_deviation += first * (static_cast<double>(value.v[0]) - static_cast<double>(coefficients.of[0][channel]));
+  });
+}
+
+// after_slab(samples) is called while the slab is still in the cache, and may overwrite it. k[0] is the center.
 template <class Gradient, class E, class A, class AfterSlab>
 BN_CPU_NOINLINE void gradient_sums(const Gradient& gradient, const Shape& shape, const Blocking& blocking,
                                    Inputs<E, Gradient::inputs> in, const uint8_t* mask, Range channels, Range samples,
                                    const Coefficients<A>& coefficients, PartialSums sums, const AfterSlab& after_slab) {
   const GradientSums<Gradient> operation{gradient};
-  for (int64_t c = channels.begin; c < channels.end; ++c) sums.first[c] = sums.second[c] = 0.0;
+  double *const first = sums.first + channels.begin, *const second = sums.second + channels.begin;
+  for (int64_t i = 0; i < channels.size(); ++i) first[i] = second[i] = 0.0;
   for (int64_t begin = samples.begin; begin < samples.end;) {
-    const int64_t end = slab_end<A>(shape, blocking, begin, samples.end);
-    sum_slab(operation, shape, blocking, in, mask, channels, {begin, end}, coefficients, [&](const A* s, const A* q) {
+    const Range slab{begin, slab_end<A>(shape, blocking, begin, samples.end)};
+    sum_slab(operation, shape, blocking, in, mask, channels, slab, coefficients, [&](const A* s, const A* q) {
+      if (all_finite(s, channels.size()) && all_finite(q, channels.size())) {
+        for (int64_t i = 0; i < channels.size(); ++i) {
+          first[i] += static_cast<double>(s[i]);
+          second[i] += static_cast<double>(q[i]);
+        }
+        return;
+      }
       for (int64_t i = 0; i < channels.size(); ++i) {
-        sums.first[channels.begin + i] += static_cast<double>(s[i]);
-        sums.second[channels.begin + i] += static_cast<double>(q[i]);
+        double sum_g = static_cast<double>(s[i]), sum_g_deviation = static_cast<double>(q[i]);
+        if (!are_finite(sum_g, sum_g_deviation)) {
+          sum_g = sum_g_deviation = 0.0;
+          sum_gradient_in_double(gradient, shape, blocking, in, mask, channels.begin + i, slab, coefficients, sum_g,
+                                 sum_g_deviation);
+        }
+        first[i] += sum_g;
+        second[i] += sum_g_deviation;
       }
     });
-    after_slab(Range{begin, end});
-    begin = end;
-  }
-
-  const bool first_finite = all_finite(sums.first + channels.begin, channels.size());
-  const bool second_finite = all_finite(sums.second + channels.begin, channels.size());
-  if (first_finite && second_finite) return;
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    if (are_finite(sums.first[c], sums.second[c])) continue;
-    Vec<A> k[Gradient::coefficients];
-    for (int n = 0; n < Gradient::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][c]);
-    double sum_g = 0.0, sum_g_deviation = 0.0;
-    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
-      Vec<A> v[Gradient::inputs], g, value;
-      in.load_vectors((outer * shape.channels + c) * shape.inner + inner, 1, Vec<A>(A(0)), v);
-      Flags<A> is_blocked{};
-      if constexpr (Gradient::mask == MaskUse::read) {
-        const MaskBit bit = mask_bit(shape, blocking, outer, c, inner);
-        from_bits(mask[bit.byte] >> bit.shift & 1 ? 0u : 1u, is_blocked);
-      }
-      gradient.gradient(k, v, is_blocked, g, value);
-      const double first = static_cast<double>(g.v[0]);
-      sum_g += first;
-      sum_g_deviation += first * (static_cast<double>(value.v[0]) - static_cast<double>(coefficients.of[0][c]));
-    });
-    sums.first[c] = sum_g;
-    sums.second[c] = sum_g_deviation;
+    after_slab(slab);
+    begin = slab.end;
   }
 }
 
