@@ -158,10 +158,6 @@ inline int __ffs(int value) {
   return __builtin_ffs(value);
 }
 template <class V>
-V __ldg(const V* address) {
-  return *address;
-}
-template <class V>
 V __ldcs(const V* address) {
   return *address;
 }
