@@ -53,10 +53,15 @@ void lay_rows(StepPlan& plan, const Shape& shape, const Alignment& alignment) {
   RowView& view = plan.row_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
-  const bool at_boundaries = alignment.misalignment == 0 && shape.inner % plan.vector == 0;
-  view.run_vectors = covering_vectors(shape.inner, plan.vector, at_boundaries);
-  view.step_runs = kBlockThreads / view.run_vectors;
+  view.whole_runs = alignment.misalignment == 0 && shape.inner % plan.vector == 0;
+  view.run_vectors = covering_vectors(shape.inner, plan.vector, view.whole_runs);
+  const int64_t step_runs = kBlockThreads / view.run_vectors, pitch = shape.channels * shape.inner;
   view.step_vectors = kBlockThreads % view.run_vectors;
+  view.step_offset = step_runs * pitch + view.step_vectors * plan.vector;
+  view.wrap_offset = pitch - view.run_vectors * plan.vector;
+  view.outer_slots = shape.channels * view.run_vectors;
+  view.step_slots = step_runs * view.outer_slots + view.step_vectors;
+  view.wrap_slots = view.outer_slots - view.run_vectors;
   plan.tiles = shape.channels;
 }
 
@@ -136,8 +141,6 @@ StepPlan lay(Shape shape, DType dtype, Alignment alignment, int64_t row_bytes, b
   }
   if (plan.rows) {
     lay_rows(plan, shape, alignment);
-    plan.row_view.outer_slots = shape.channels * plan.row_view.run_vectors;
-    plan.row_view.step_slots = plan.row_view.step_runs * plan.row_view.outer_slots;
   } else {
     lay_columns(plan, shape, dtype, alignment, row_bytes, epilogue);
   }

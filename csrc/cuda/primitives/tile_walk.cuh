@@ -43,14 +43,7 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
 
   __device__ static Tile tile(const RowView&, int64_t index) { return {index, 1}; }
 
-  __device__ TileWalk(const RowView& view, const Tile& tile, int64_t split)
-      : inner_(view.shape.inner),
-        misalignment_(static_cast<int>(view.misalignment)),
-        run_vectors_(view.run_vectors),
-        step_vectors_(view.step_vectors),
-        pitch_(view.shape.channels * view.shape.inner),
-        step_starts_(view.step_runs * pitch_),
-        view_(view) {
+  __device__ TileWalk(const RowView& view, const Tile& tile, int64_t split) : view_(view) {
     const int64_t first = split * view.split_vectors + thread_of_walk<kEpilogue>();
     const int64_t all = view.shape.outer * view.run_vectors;
     const int64_t end = all < (split + 1) * view.split_vectors ? all : (split + 1) * view.split_vectors;
@@ -58,8 +51,8 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
     const int64_t start = first + int64_t(kBackwards ? count_ - 1 : 0) * kThreads;
     const int64_t run = start / view.run_vectors;
     vector_ = start - run * view.run_vectors;
-    run_start_ = run * pitch_ + tile.first * inner_;
-    run_slot_ = run * view.outer_slots + tile.first * view.run_vectors;
+    offset_ = (run * view.shape.channels + tile.first) * view.shape.inner + vector_ * kVector;
+    number_ = run * view.outer_slots + tile.first * view.run_vectors + vector_;
   }
 
   __device__ int count() const { return count_; }
@@ -67,29 +60,34 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ static int active_threads(const RowView&) { return kThreads; }
 
   __device__ __forceinline__ Slot next() {
-    const int head = static_cast<int>(run_start_ + misalignment_) & (kVector - 1);
-    const int64_t left = inner_ + head - vector_ * kVector;
-    const Slot slot{run_start_ - head + vector_ * kVector, vector_ == 0 ? head : 0,
-                    left < kVector ? static_cast<int>(left) : kVector, kEpilogue ? run_slot_ + vector_ : 0};
-    samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
+    Slot slot{offset_, 0, kVector, kEpilogue ? number_ : 0};
+    if (!view_.whole_runs) {
+      // As far as the run itself starts past a boundary, its vectors start before the places that are counted.
+      const int head = static_cast<int>(offset_ + view_.misalignment) & (kVector - 1);
+      const int64_t left = view_.shape.inner - vector_ * kVector + head;
+      slot.offset -= head;
+      slot.low = vector_ == 0 ? head : 0;
+      slot.high = left < kVector ? static_cast<int>(left) : kVector;
+      samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
+    }
     if constexpr (kBackwards) {
-      vector_ -= step_vectors_;
-      run_start_ -= step_starts_;
-      if (kEpilogue) run_slot_ -= view_.step_slots;
+      vector_ -= view_.step_vectors;
+      offset_ -= view_.step_offset;
+      if (kEpilogue) number_ -= view_.step_slots;
       if (vector_ < 0) {
-        vector_ += run_vectors_;
-        run_start_ -= pitch_;
-        if (kEpilogue) run_slot_ -= view_.outer_slots;
+        vector_ += view_.run_vectors;
+        offset_ -= view_.wrap_offset;
+        if (kEpilogue) number_ -= view_.wrap_slots;
       }
       return slot;
     }
-    vector_ += step_vectors_;
-    run_start_ += step_starts_;
-    if (kEpilogue) run_slot_ += view_.step_slots;
-    if (vector_ >= run_vectors_) {
-      vector_ -= run_vectors_;
-      run_start_ += pitch_;
-      if (kEpilogue) run_slot_ += view_.outer_slots;
+    vector_ += view_.step_vectors;
+    offset_ += view_.step_offset;
+    if (kEpilogue) number_ += view_.step_slots;
+    if (vector_ >= view_.run_vectors) {
+      vector_ -= view_.run_vectors;
+      offset_ += view_.wrap_offset;
+      if (kEpilogue) number_ += view_.wrap_slots;
     }
     return slot;
   }
@@ -100,7 +98,7 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
   // Channel, within the tile, of an element of this thread's vectors.
   __device__ void channels(int (&channel)[1]) const { channel[0] = 0; }
   // Elements visited, after the walk.
-  __device__ int64_t samples(int) const { return samples_; }
+  __device__ int64_t samples(int) const { return view_.whole_runs ? int64_t(count_) * kVector : samples_; }
 
   // Where the sums of a channel lie among those of all threads.
   __device__ int fold_width() const { return kFoldWidth; }
@@ -108,13 +106,10 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ int fold_index(int, int item) const { return item; }
 
  private:
-  int64_t inner_;
-  int misalignment_;
-  int64_t run_vectors_, step_vectors_, pitch_, step_starts_;
-  int count_;
-  int64_t vector_, run_start_;
-  int64_t run_slot_;
   const RowView& view_;
+  int count_;
+  int64_t vector_, offset_;  // of the run; of the tensor, if runs started at boundaries
+  int64_t number_;
   int64_t samples_ = 0;
 };
 

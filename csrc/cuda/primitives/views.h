@@ -25,10 +25,12 @@ struct RowView {
   int64_t run_vectors;  // that cover any run, wherever it starts
   int64_t split_vectors;
   int64_t splits;
-  int64_t step_runs, step_vectors;  // the number of threads, in runs and remaining vectors
+  bool whole_runs;  // they start and end at vector boundaries
+  // To a thread's next vector: by how many of its run and how many elements; once it has left the run, how many more.
+  int64_t step_vectors, step_offset, wrap_offset;
   // Of an epilogue. Each run has slots of its own, also where runs share a vector.
-  int64_t outer_slots, step_slots;  // of one outer index; of step_runs of them
-  bool boundaries;                  // every tensor starts at a vector boundary
+  int64_t outer_slots, step_slots, wrap_slots;  // of one outer index; the same ways, in slots
+  bool boundaries;                              // every tensor starts at a vector boundary
 };
 
 // Short runs and inner == 1. The tensor is a matrix whose rows are `outer_per_row` of the `outer` indices, so that rows
