@@ -72,7 +72,13 @@ BN_HOST_DEVICE float widen(float value) {
 }
 
 BN_HOST_DEVICE float widen(bfloat16 value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("mov.b32 %0, {0, %1};" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   return detail::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+#endif
 }
 
 BN_HOST_DEVICE float widen(float16 value) {
