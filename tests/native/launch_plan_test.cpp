@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/welford.h"
+#include "cuda/primitives/shared_memory.cuh"
 #include "cuda/primitives/tile_walk.cuh"
 
 namespace {
@@ -429,9 +430,35 @@ void workspace() {
   }
 }
 
+// Each item of a block's threads has a place of its own, and those of a warp that are written at once lie in all banks.
+template <int kSums, class Item>
+void banks() {
+  constexpr int kWords = sizeof(Item) / 4, kItems = kSums * kBlockThreads;
+  std::vector<int> taken(kItems);
+  for (int i = 0; i < kItems; ++i) ++taken.at(banked<kSums, Item>(i));
+  bool once = std::all_of(taken.begin(), taken.end(), [](int n) { return n == 1; }), spread = true;
+  for (int sum = 0; sum < kSums; ++sum) {
+    int met[32] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+      const int first = banked<kSums, Item>(lane * kSums + sum) * kWords;
+      for (int word = first; word < first + kWords; ++word) ++met[word % 32];
+    }
+    spread = spread && *std::max_element(met, met + 32) == kWords;
+  }
+  char name[80];
+  std::snprintf(name, sizeof name, "%d sums of %d words in all banks", kSums, kWords);
+  report(once && spread, name);
+}
+
 }  // namespace
 
 int main() {
+  banks<1, Moments<float>>();
+  banks<4, Moments<float>>();
+  banks<8, Moments<float>>();
+  banks<2, GradientPartial<double>>();
+  banks<4, GradientPartial<float>>();
+  banks<8, GradientPartial<float>>();
   coverage();
   masks();
   fills_the_device();

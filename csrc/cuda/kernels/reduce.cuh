@@ -30,16 +30,17 @@ template <int kThreads, class Op, class Walk, int kSums, class Complete>
 __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const Tile& tile,
                                            const typename Op::Accumulator (&sums)[kSums], typename Op::Item* items,
                                            Complete&& complete) {
+  const auto item = [items](int i) -> auto& { return items[banked<kSums, typename Op::Item>(i)]; };
   int channel[kSums];
   walk.channels(channel);
 #pragma unroll
   for (int a = 0; a < kSums; ++a) {
-    items[threadIdx.x * kSums + a] = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
+    item(static_cast<int>(threadIdx.x) * kSums + a) = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
   }
   __syncthreads();
 
   for_channels<kThreads>(tile.count, walk.fold_width(), [&](int j, int lane, bool active) {
-    const auto total = op.template fold<typename Op::A>([&](int i) { return items[walk.fold_index(j, i)]; },
+    const auto total = op.template fold<typename Op::A>([&](int i) { return item(walk.fold_index(j, i)); },
                                                         active ? walk.fold_items() : 0, lane, walk.fold_width());
     complete(j, total, active && lane == 0);
   });

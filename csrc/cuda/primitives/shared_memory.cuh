@@ -17,4 +17,14 @@ __device__ __forceinline__ V* shared_memory() {
 #endif
 }
 
+// Where items lie of which each thread has kSums neighbours, a power of two. Within these they change places from one
+// line of the banks to the next: else the threads of a warp, which write the same one of theirs at once, share few
+// banks.
+template <int kSums, class Item>
+__device__ __forceinline__ int banked(int item) {
+  constexpr int kLineBytes = 128, kThreadBytes = kSums * static_cast<int>(sizeof(Item));
+  constexpr int kLineThreads = kThreadBytes < kLineBytes ? kLineBytes / kThreadBytes : 1;
+  return item ^ item / (kSums * kLineThreads) % kSums;
+}
+
 }  // namespace batchnorm_ext::cuda
