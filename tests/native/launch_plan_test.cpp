@@ -225,7 +225,7 @@ void masks() {
         const StepPlan plan = plan_step(shape, dtype, alignment, device.limits, true);
         const std::string name = describe(device, shape, dtype, alignment);
         report(is_launchable(plan) && mask_bits(plan, shape, dtype) == bits, "the same bits: " + name);
-        report(plan.tile_channels() * int64_t(sizeof(ActivatedGradientCoefficients<double>)) <= 48 << 10,
+        report(plan.coefficient_places() * int64_t(sizeof(ActivatedGradientCoefficients<double>)) <= 48 << 10,
                "coefficients of a tile: " + name);
       }
       BackwardParams call = backward_call(shape, dtype, 0);

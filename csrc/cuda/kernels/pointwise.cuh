@@ -17,7 +17,7 @@ __device__ __forceinline__ void take_coefficients(Coefficients (&coefficients)[k
   int channel[kSets];
   walk.channels(channel);
 #pragma unroll
-  for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[channel[a]];
+  for (int a = 0; a < kSets; ++a) coefficients[a] = of_tile[banked<kSets, Coefficients>(channel[a])];
 }
 
 // Maps slots that were loaded, each element by its channel's coefficients, and stores what they become.
@@ -53,18 +53,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
     pointwise(const View view, const Op op) {
   using Walk = TileWalk<View, kVector, kThreads, Op::kEpilogue>;
   using Coefficients = typename Op::Coefficients;
+  constexpr int kSets = kChannelsPerThread<View, kVector>;
 
   const int64_t split = gridDim.y - 1 - blockIdx.y;
   const Tile tile = Walk::tile(view, gridDim.x - 1 - blockIdx.x);
   Coefficients* const of_tile = shared_memory<Coefficients>();
 #pragma unroll 1
   for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
-    of_tile[j] = op.coefficients(tile.first + j, split == 0);
+    of_tile[banked<kSets, Coefficients>(j)] = op.coefficients(tile.first + j, split == 0);
   }
   __syncthreads();
 
   Walk walk(view, tile, split);
-  Coefficients coefficients[kChannelsPerThread<View, kVector>];
+  Coefficients coefficients[kSets];
   take_coefficients(coefficients, of_tile, walk);
   for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int) {
     Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];

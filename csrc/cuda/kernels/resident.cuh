@@ -18,7 +18,7 @@ namespace batchnorm_ext::cuda {
 
 // From the partial results on the group's boards to the coefficients of all the tile's channels. Partial results are
 // merged in double, in the order of ranks; one block of the group saves what is to be saved of a channel.
-template <int kThreads, class Op, class Group>
+template <int kThreads, int kSums, class Op, class Group>
 __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, Group& group, const Tile& tile,
                                             typename Op::Coefficients* of_tile) {
   const int share = groups.each_merges ? tile.count : (tile.count + groups.size - 1) / groups.size;
@@ -26,6 +26,7 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
   const int count = tile.count - first < share ? tile.count - first : share;
   const bool saves = !groups.each_merges || group.rank() == 0;
   auto* const merged = groups.each_merges ? of_tile : group.board(group.rank()).coefficients;
+  const auto place_of = [](int j) { return banked<kSums, typename Op::Coefficients>(j); };
   int width = 1;
   while (width < kWarp && width < groups.size) width *= 2;
 
@@ -34,12 +35,12 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
     const int j = first + i;
     const auto total = op.template fold<double>([&](int rank) { return group.board(rank).items[j]; },
                                                 active ? groups.size : 0, lane, width);
-    op.complete(tile.first + j, total, active && lane == 0, saves, merged + j);
+    op.complete(tile.first + j, total, active && lane == 0, saves, merged + place_of(j));
   });
   if (!groups.each_merges) {
     group.meet(1);
     for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
-      group.copy_coefficients(j / share, j, of_tile);
+      group.copy_coefficients(j / share, place_of(j), of_tile);
     }
   }
   group.end_reading();
@@ -136,12 +137,12 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     Item* const partials = group.board(group.rank()).items;
     fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const Item& total, bool active_thread) {
       if (groups.size == 1) {
-        op.complete(tile.first + j, total, active_thread, true, of_tile + j);
+        op.complete(tile.first + j, total, active_thread, true, of_tile + banked<kSums, Coefficients>(j));
       } else if (active_thread) {
         partials[j] = total;
       }
     });
-    if (groups.size > 1) merge_group<kThreads>(op, groups, group, tile, of_tile);
+    if (groups.size > 1) merge_group<kThreads, kSums>(op, groups, group, tile, of_tile);
     __syncthreads();
 
     // What is read next, of the next tile or of this one, takes the places of what is mapped, and so comes while this

@@ -113,6 +113,7 @@ void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignmen
   view.all_phase_rows = rows / view.phases;
   view.long_phases = static_cast<int>(rows % view.phases);
   view.lanes = kBlockThreads / view.tile_vectors;
+  view.step_offset = view.lanes * view.phases * view.pitch();
   view.row_slots = divide_up(view.pitch(), plan.vector);
   view.step_slots = view.lanes * view.row_slots;
   view.fold_width = 1;
@@ -291,7 +292,8 @@ ResidentPlan plan_resident_tile(StepPlan step, const Kept& kept, bool streams, c
   const int64_t threads = step.rows ? kBlockThreads : int64_t(step.column_view.lanes) * step.column_view.tile_vectors;
   const int64_t limit = resident_shared_bytes(limits);
   const int64_t sums_bytes = (step.rows ? 1 : step.vector) * kept.item_bytes * kBlockThreads;
-  const int64_t board_bytes = step.tile_channels() * (kept.item_bytes + kept.coefficient_bytes);
+  const int64_t board_bytes =
+      step.tile_channels() * kept.item_bytes + step.coefficient_places() * kept.coefficient_bytes;
   const int64_t slot_bytes = step.vector * kept.element_bytes;
   const int64_t vector_bytes = kept.inputs * slot_bytes * threads;
   const int64_t most_vectors = (limit - sums_bytes - board_bytes) / vector_bytes;

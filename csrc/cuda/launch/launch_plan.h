@@ -56,6 +56,8 @@ struct StepPlan {
   int64_t tiles, splits;
 
   int64_t tile_channels() const { return rows ? 1 : column_view.tile_channels; }
+  // For the coefficients of a tile, which change places within as many as a thread has.
+  int64_t coefficient_places() const { return rows ? 1 : (column_view.tile_channels + vector - 1) / vector * vector; }
 };
 // With an epilogue, which slots there are follows from the shape and the dtype alone, so that a mask is the same in
 // forward and backward.

@@ -117,7 +117,7 @@ template <class Op>
 void launch_pointwise(const char* step, const StepPlan& plan, const Op& op, cudaStream_t stream) {
   with_view<Op, false>(plan, [&](const auto& view, auto width) {
     using View = std::decay_t<decltype(view)>;
-    const size_t shared_bytes = static_cast<size_t>(plan.tile_channels()) * sizeof(typename Op::Coefficients);
+    const size_t shared_bytes = static_cast<size_t>(plan.coefficient_places()) * sizeof(typename Op::Coefficients);
     launch(step, stream, pointwise<Op, View, decltype(width)::value, kBlockThreads>, plan.tiles, plan.splits,
            kBlockThreads, shared_bytes, view, op);
   });

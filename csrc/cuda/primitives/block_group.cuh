@@ -16,9 +16,6 @@ struct Board {
   Item* items;
   Coefficients* coefficients;
 
-  BN_HOST_DEVICE static int64_t bytes(int64_t channels) {
-    return channels * static_cast<int64_t>(sizeof(Item) + sizeof(Coefficients));
-  }
   __device__ Board(void* start, int channels)
       : items(static_cast<Item*>(start)), coefficients(reinterpret_cast<Coefficients*>(items + channels)) {}
 };
@@ -63,13 +60,13 @@ class BlockGroup {
     return {shared_board_, board_channels_};
   }
 
-  // Those of channel j from the board of `rank`. What is in this block's own shared memory stays as it is: others may
+  // Those at a place on the board of `rank`. What is in this block's own shared memory stays as it is: others may
   // be reading it.
-  __device__ __forceinline__ void copy_coefficients(int rank, int j, Coefficients* own) const {
+  __device__ __forceinline__ void copy_coefficients(int rank, int place, Coefficients* own) const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (groups_.exchange == Exchange::cluster && rank == this->rank()) return;
 #endif
-    own[j] = board(rank).coefficients[j];
+    own[place] = board(rank).coefficients[place];
   }
 
   // Waits until no one reads this block's board any more.

@@ -18,8 +18,8 @@ __device__ __forceinline__ V* shared_memory() {
 }
 
 // Where items lie of which each thread has kSums neighbours, a power of two. Within these they change places from one
-// line of the banks to the next: else the threads of a warp, which write the same one of theirs at once, share few
-// banks.
+// line of the banks to the next: else the threads of a warp, which read or write the same one of theirs at once, share
+// few banks.
 template <int kSums, class Item>
 __device__ __forceinline__ int banked(int item) {
   constexpr int kLineBytes = 128, kThreadBytes = kSums * static_cast<int>(sizeof(Item));

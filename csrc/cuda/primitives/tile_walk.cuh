@@ -149,7 +149,6 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
     low_ = column_ < 0 ? -column_ : 0;
     high_ = width - column_ < kVector ? width - column_ : kVector;
     offset_ = phase_start + start * view.phases * pitch + column_;
-    step_ = view.lanes * view.phases * pitch;
     slot_ = start * view.row_slots + tile.first * inner_ / kVector + vector;
   }
 
@@ -159,7 +158,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ __forceinline__ Slot next() {
     const int64_t left = elements_ - offset_;  // the last row may end early
     const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_, kEpilogue ? slot_ : 0};
-    offset_ += kBackwards ? -step_ : step_;
+    offset_ += kBackwards ? -view_.step_offset : view_.step_offset;
     if (kEpilogue) slot_ += kBackwards ? -view_.step_slots : view_.step_slots;
     return slot;
   }
@@ -182,7 +181,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
 
   __device__ int64_t samples(int element) const {
     if (element < low_ || element >= high_ || count_ == 0) return 0;
-    return count_ - (offset_ - step_ + element >= elements_ ? 1 : 0);
+    return count_ - (offset_ - view_.step_offset + element >= elements_ ? 1 : 0);
   }
 
   __device__ int fold_width() const { return fold_width_; }
@@ -197,7 +196,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
  private:
   int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
   int head_, column_, low_, high_, count_;
-  int64_t elements_, offset_, step_, slot_;
+  int64_t elements_, offset_, slot_;
   const ColumnView& view_;
 };
 

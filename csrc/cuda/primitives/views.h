@@ -48,10 +48,11 @@ struct ColumnView {
   int64_t phase_rows;      // rows a split takes of its phase
   int64_t splits;          // phases * splits of a phase; split s has phase s % phases
   int phases;
-  int long_phases;   // the first of the phases, which have a row more
-  int tile_vectors;  // that cover a row of a tile, wherever it starts
-  int lanes;         // rows that a block works on at once
-  int fold_width;    // threads that fold one channel's sums of a block: a power of two up to the size of a warp
+  int long_phases;      // the first of the phases, which have a row more
+  int tile_vectors;     // that cover a row of a tile, wherever it starts
+  int lanes;            // rows that a block works on at once
+  int64_t step_offset;  // to a thread's next vector, in elements: `lanes` rows of its phase
+  int fold_width;       // threads that fold one channel's sums of a block: a power of two up to the size of a warp
   // Of an epilogue.
   int64_t row_slots, step_slots;  // of one row; of `lanes` of them
   bool boundaries;                // every tensor starts at a vector boundary
