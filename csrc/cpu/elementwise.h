@@ -185,20 +185,27 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
   }
 }
 
+// `rows` rows, `tile_rows` of them at a time.
 template <class Map, class E, class A = accumulate_t<E>>
 BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t rows,
-                              int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t columns,
+                              int64_t tile_rows, int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t columns,
                               const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int wide = Map::heavy ? 1 : Map::coefficients > 4 ? 2 : 4;
-  int64_t j = 0;
-  if constexpr (wide > 1) {
-    for (; j + wide * lanes <= columns; j += wide * lanes) {
-      map_tile<Map, wide>(map, in, out, rows, pitch, mask, mask_pitch, j, lanes, coefficients);
+  for (int64_t row = 0; row < rows; row += tile_rows) {
+    const int64_t together = min(tile_rows, rows - row);
+    const auto from = in.at(row * pitch);
+    const auto to = out.at(row * pitch);
+    uint8_t* const bits = move_mask<Map>(mask, row * mask_pitch);
+    int64_t j = 0;
+    if constexpr (wide > 1) {
+      for (; j + wide * lanes <= columns; j += wide * lanes) {
+        map_tile<Map, wide>(map, from, to, together, pitch, bits, mask_pitch, j, lanes, coefficients);
+      }
     }
-  }
-  for (; j < columns; j += lanes) {
-    map_tile<Map, 1>(map, in, out, rows, pitch, mask, mask_pitch, j, min(lanes, columns - j), coefficients);
+    for (; j < columns; j += lanes) {
+      map_tile<Map, 1>(map, from, to, together, pitch, bits, mask_pitch, j, min(lanes, columns - j), coefficients);
+    }
   }
 }
 
@@ -356,12 +363,13 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t columns = row_columns * repeat;
   const int64_t pitch = shape.channels * shape.inner * repeat, mask_pitch = mask_row_bytes(pitch);
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
-  // A tile reads coefficients once for all its rows, but memory is read best in its order. Elements that are converted
-  // are worth more rows, as long as these do not fall on the same cache sets, and the caches hold the tensors.
+  // A tile reads coefficients once for all its rows, but memory is read best in its order. Up to what the caches hold,
+  // and for elements that are converted, more rows are worth it, as long as these do not fall on the same cache sets.
   const int64_t pitch_bytes = pitch * static_cast<int64_t>(sizeof(E));
   const int64_t together = min(rows_together, max(1, spread_of_rows / pitch_bytes));
   const int64_t moved_bytes = shape.elements() * static_cast<int64_t>(sizeof(E)) * (Map::inputs + Map::outputs);
-  const bool in_order = sizeof(E) == sizeof(A) ? pitch_bytes >= 1024 : pitch_bytes >= 512 && moved_bytes > held_bytes;
+  const bool converted = sizeof(E) != sizeof(A);
+  const bool in_order = pitch_bytes >= 512 && (moved_bytes > held_bytes || (pitch_bytes >= 1024 && !converted));
   const int64_t tile_rows = in_order ? 1 : together;
   LineWriters<E, Map::outputs> writers;
   for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
@@ -371,25 +379,21 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
     const auto bits_of = [&](int64_t row, int64_t column) {
       return move_mask<Map>(mask, (begin / repeat + row) * mask_pitch + (channels.begin * shape.inner + column) / 8);
     };
-    int64_t row = 0;
     if (!stream) {
-      for (; row < whole; row += tile_rows) {
-        const int64_t at = base + row * pitch;
-        map_rows(map, in.at(at), out.at(at), min(tile_rows, whole - row), pitch, bits_of(row, 0), mask_pitch, columns,
-                 per_column);
-      }
+      map_rows(map, in.at(base), out.at(base), whole, tile_rows, pitch, bits_of(0, 0), mask_pitch, columns, per_column);
       if (rest > 0) {
         const int64_t at = base + whole * pitch;
-        map_rows(map, in.at(at), out.at(at), 1, pitch, bits_of(whole, 0), mask_pitch, rest, per_column);
+        map_rows(map, in.at(at), out.at(at), 1, 1, pitch, bits_of(whole, 0), mask_pitch, rest, per_column);
       }
       return;
     }
-    for (; row < whole + (rest > 0 ? 1 : 0); ++row) {
+    for (int64_t row = 0; row < whole + (rest > 0 ? 1 : 0); ++row) {
       const int64_t at = base + row * pitch, width = row < whole ? columns : rest;
       if (row == 0 || columns < pitch) writers.start(out.at(at));
       for (int64_t j = 0; j < width; j += writers.piece) {
         const int64_t some = min(width - j, writers.piece);
-        map_rows(map, in.at(at + j), writers.next(), 1, pitch, bits_of(row, j), mask_pitch, some, of_columns.from(j));
+        map_rows(map, in.at(at + j), writers.next(), 1, 1, pitch, bits_of(row, j), mask_pitch, some,
+                 of_columns.from(j));
         writers.add(some);
       }
     }
