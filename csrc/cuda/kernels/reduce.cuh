@@ -31,11 +31,12 @@ __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const
                                            const typename Op::Accumulator (&sums)[kSums], typename Op::Item* items,
                                            Complete&& complete) {
   const auto item = [items](int i) -> auto& { return items[banked<kSums, typename Op::Item>(i)]; };
+  const int thread = static_cast<int>(thread_of_walk<(kSums > 1)>());  // read anew: places that are kept make spills
   int channel[kSums];
   walk.channels(channel);
 #pragma unroll
   for (int a = 0; a < kSums; ++a) {
-    item(static_cast<int>(threadIdx.x) * kSums + a) = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
+    item(thread * kSums + a) = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
   }
   __syncthreads();
 

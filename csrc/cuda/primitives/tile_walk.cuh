@@ -22,12 +22,12 @@ struct Tile {
 template <class View, int kVector, int kThreads, bool kEpilogue = false, bool kBackwards = false>
 class TileWalk;
 
-// With an epilogue the thread's index is read anew for each walk: what would be kept of an earlier one, to save a few
-// instructions before a loop, makes registers spill in it.
-template <bool kEpilogue>
+// The thread's index, where asked for read anew for each walk, as with an epilogue: what would be kept of an earlier
+// one, to save a few instructions before a loop, makes registers spill in it.
+template <bool kAnew>
 __device__ __forceinline__ unsigned thread_of_walk() {
 #if defined(__CUDACC__)
-  if constexpr (kEpilogue) {
+  if constexpr (kAnew) {
     unsigned index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
     return index;
