@@ -11,10 +11,9 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) half_of_a_mult
 // Zero where the device has no such clusters, or too few multiprocessors beside each other.
 int active_clusters(int size, const DeviceLimits& limits) {
   const int64_t shared_bytes = resident_shared_bytes(limits);
-  if (size > kPortableCluster) {
-    check(cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "device_limits");
-  }
+  const bool allowed =
+      size <= kPortableCluster ||
+      cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
   check(cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)),
         "device_limits");
@@ -26,7 +25,9 @@ int active_clusters(int size, const DeviceLimits& limits) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, half_of_a_multiprocessor, &config) == cudaSuccess) return clusters;
+  if (allowed && cudaOccupancyMaxActiveClusters(&clusters, half_of_a_multiprocessor, &config) == cudaSuccess) {
+    return clusters;
+  }
   cudaGetLastError();  // or the next call would report it
   return 0;
 }
