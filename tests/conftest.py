@@ -14,6 +14,8 @@ import torch
 import batchnorm_ext
 from batchnorm_ext import _extension
 
+# Of the GPU's memory, what a process may keep from test to test.
+KEPT_BYTES = 4 << 30
 REQUESTED = os.environ.get("BATCHNORM_EXT_BACKEND", "auto")
 
 
@@ -105,6 +107,14 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20150211)
+
+
+@pytest.fixture(autouse=True)
+def _shares_the_device() -> Generator[None, Any, None]:
+    """What tests of large tensors took, other processes of pytest-xdist may need."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True, scope="session")
