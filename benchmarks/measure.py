@@ -126,7 +126,7 @@ def time_calls(
             ratio = ratio_of_medians(found, samples[OURS], session.seed)
             extra |= zip(("ratio", "ratio_low", "ratio_high"), map(_digits, ratio), strict=True)
         if session.device == "cuda":
-            launches = _launches(session, (case, op, name), calls[name])
+            launches = _launches(session, (case, op), calls[name]) if name == OURS else None
             extra |= {"launches": launches} if launches else {}
         else:
             extra["threads"] = torch.get_num_threads()
@@ -161,10 +161,10 @@ def _samplers(
     return samplers
 
 
-def _launches(session: Session, what: tuple[Case, str, str], call: Call) -> int | None:
+def _launches(session: Session, what: tuple[Case, str], call: Call) -> int | None:
     """What `count_launches` finds, once for all states of the cache, since profiling takes its time.
 
-    None where there is no profiler, or a peer does not survive it.
+    None where there is no profiler.
     """
     if what not in session.launches:
         session.launches[what] = None

@@ -49,7 +49,7 @@ class Session:
     contenders
         The contenders that can run on this machine, by name.
     launches
-        What one call of a contender puts on the device, by case, op and contender.
+        What one of our calls puts on the device, by case and op.
     skipped, failed
         Tasks that the budget did not reach, and those that raised, with the reason.
     """
@@ -60,7 +60,7 @@ class Session:
     contenders: dict[str, Contender]
     seed: int = 0
     caches: Sequence[str] = ("hot",)
-    launches: dict[tuple[Case, str, str], int | None] = field(default_factory=dict)
+    launches: dict[tuple[Case, str], int | None] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     interrupted: bool = False

@@ -282,7 +282,7 @@ def test_launches_are_counted_once_for_all_states_of_the_cache(
     counts = iter([3])
     monkeypatch.setattr(measure, "count_launches", lambda call: next(counts))
     found = [
-        measure._launches(session, (SMALL, op, "peer"), lambda index: None)
+        measure._launches(session, (SMALL, op), lambda index: None)
         for op in ("forward", "forward", "backward", "backward")
     ]
     assert found == [3, 3, None, None]
