@@ -85,7 +85,7 @@ cuda-check:
 
 # For the interpreter at hand, which must have torch and pytest; no environment and no network.
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(OUT)
+	$(PYTHON) -m benchmarks.gpu $(OUT) $(ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
 """What a machine with a GPU should run, in one time-boxed call: build, tests, sanitizers, timing.
 
 ``python3 -m benchmarks.gpu OUT`` needs no network and no virtual environment: the interpreter at
-hand with torch, pytest and nvcc. Stages run in the order of what one would miss most. Each has its
-share of the budget, a stage that takes less leaves the rest to those behind it, one that fails or
-hangs costs the others nothing, and ``OUT/summary.json`` is up to date after every stage.
+hand with torch, pytest and nvcc. Stages run in the order of what one would miss most; where the
+kernels fail their exercise, the sanitizers come first. Each has its share of the budget, a stage
+that takes less leaves the rest to those behind it, one that fails or hangs costs the others
+nothing, and ``OUT/summary.json`` is up to date after every stage. ``--stages`` runs some of them.
+What was compiled is kept in ``build/gpu-site`` and used again while it fits the sources.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ from glob import glob
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from types import FrameType
+from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import batchnorm_ext
+from batchnorm_ext import _build
 
 from .contenders import (
     KERNEL_OPS,
@@ -56,9 +60,14 @@ GRACE_S = 15
 KILLED_S = 5
 SECONDS, UNTIL = "{seconds}", "{until}"
 SAVING_SHARE = 0.85
+BUILD_SHARE = 0.45
+LOGGED_BYTES = 1 << 20
 MEMORY_PER_JOB = 4 << 30
 # Where packages of the toolkit and of its profiler put them; the latter, one folder a version.
 TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
+EXERCISE = "exercise"
+# Peers of the layers measured first: those that need no compiling.
+QUICK_CONTENDERS = ("batchnorm_ext", "floor", "torch_eager", "torch_eager_no_cudnn")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 99
 NO_HAZARD, SOME_PASSED = r"SUMMARY: 0 (errors|hazards)", r"\b[1-9]\d* passed"
@@ -69,9 +78,11 @@ SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_
 FIRST_TESTS = ("test_batch_norm.py", "test_running_statistics.py", "test_numerics.py")
 WORKERS = max(1, min(8, available_threads() // 2))
 TEST_S = 90
+SITE = ROOT / "build" / "gpu-site"
 SHOWN_FAILURES = 40
-# Of the exercise: how long a case may take, and how often a process may be lost.
-STALLED_S = 45
+# Of the exercise: how long a process may take to start, and a case, and how often one may be lost.
+STARTING_S = 60
+STALLED_S = 20
 MAX_LOST = 6
 
 
@@ -134,6 +145,7 @@ class Stage:
         except OSError as error:
             self.state, self.note = "failed", str(error)
             return
+        _running.add(process.pid)
         try:
             self.exit_code = process.wait(limit_s)
             self.state = "passed" if self.exit_code == 0 else "failed"
@@ -141,11 +153,25 @@ class Stage:
             self.state = "overran"
         finally:
             _end(process)
+            _running.discard(process.pid)
         self.seconds = round(time.monotonic() - start, 1)
-        output.seek(begin)
-        self.tail = output.read()[-2000:].decode(errors="replace")
+        self.tail = _shortened(output, begin)[-2000:].decode(errors="replace")
         if self.state == "passed" and not re.search(self.proof, self.tail):
             self.state, self.note = "failed", f"nothing in its last words matches {self.proof}"
+
+
+def _shortened(output: IO[bytes], begin: int) -> bytes:
+    """What a stage said, of which only its first and last words stay where it was too much."""
+    output.seek(begin)
+    said = output.read()
+    left_out = len(said) - LOGGED_BYTES
+    if left_out > 0:
+        half = LOGGED_BYTES // 2
+        said = said[:half] + f"\n[{left_out} bytes left out]\n".encode() + said[-half:]
+        output.seek(output.truncate(begin))
+        output.write(said)
+        output.flush()
+    return said
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -158,6 +184,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # a driver call that hangs outlives even that
         process.wait(KILLED_S)
+
+
+# Leaders of the sessions that stages run in, which no signal to this process reaches.
+_running: set[int] = set()
+
+
+def _end_all(number: int, _: FrameType | None) -> NoReturn:
+    for leader in tuple(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def run_stages(
@@ -232,21 +269,30 @@ def _jobs() -> int:
     return max(1, threads // 2, min(threads, memory // MEMORY_PER_JOB))
 
 
-def _build_stages(site: Path) -> tuple[Stage, Stage]:
-    """Compile and install into `site`; and, for where that fails, compile at first use."""
+def _build_stages() -> tuple[Stage, Stage]:
+    """Compile and install into `SITE`; and, for where that fails, compile at first use."""
     major, minor = torch.cuda.get_device_capability()
     compiling = {
         "FORCE_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(_jobs())),
     }
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    pip += ["--no-index", "--upgrade", "--target", str(site), str(ROOT)]
+    pip = [sys.executable, "-m", "pip", "install", "--verbose", "--no-build-isolation"]
+    pip += ["--no-deps", "--no-index", "--upgrade", "--target", str(SITE), str(ROOT)]
     load = "import batchnorm_ext; batchnorm_ext.load(verbose=True)"
     return (
-        Stage("build", pip, share=40, environment=compiling),
-        Stage("jit", [sys.executable, "-c", load], share=40, environment=compiling),
+        Stage("build", pip, share=1, environment=compiling),
+        Stage("jit", [sys.executable, "-c", load], share=1, environment=compiling),
     )
+
+
+def _is_built() -> bool:
+    """Whether `SITE` has what compiling would put there."""
+    stamp = _build.read_stamp(SITE / "batchnorm_ext" / "_C.json")
+    if stamp is None or not stamp.cuda:
+        return False
+    problem = stamp.mismatch(torch.__version__, torch.version.cuda or "", _build.source_hash())
+    return problem is None and _build.covers(stamp.arch_list, torch.cuda.get_device_capability())
 
 
 def _checking_stages(out: Path) -> list[Stage]:
@@ -257,28 +303,30 @@ def _checking_stages(out: Path) -> list[Stage]:
     benchmark = [python, "-m", "benchmarks"]
     limits = [python, "-m", "benchmarks.device_limits", str(out / "device_limits.json")]
     layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
-    layers += ["--dtype", "bfloat16", "float32"]
+    layers += ["--dtype", "bfloat16", "float32", "--cache", "cold"]
+    layers += ["--contenders", *QUICK_CONTENDERS]
     paths = sorted(
         (ROOT / "tests").glob("test_*.py"),
         key=lambda path: (path.name not in FIRST_TESTS, path.stat().st_size),
     )
     files = [path.name for path in paths]
-    one_thread = {"OMP_NUM_THREADS": "1"}  # of many processes
+    # Of many processes, each; compilers would start as many again.
+    one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     stages = [
-        Stage("exercise", [*itself, "--exercise", "--until", UNTIL], share=12),
-        Stage("device limits", limits, share=6, decides=False),
-        Stage("layers", [*benchmark, *layers, *measured], share=24, decides=False),
+        Stage(EXERCISE, [*itself, "--exercise", "--until", UNTIL], share=16),
+        Stage("device-limits", limits, share=10, decides=False),
+        Stage("layers", [*benchmark, *layers, *measured], share=30, decides=False),
         Stage(
             "tests",
             _pytest(name for name in files if name not in SYSTEM_TESTS),
-            share=18,
+            share=10,
             environment=one_thread,
             proof=SOME_PASSED,
         ),
         Stage(
-            "system tests",
+            "system-tests",
             _pytest(SYSTEM_TESTS),
-            share=14,
+            share=16,
             environment=one_thread,
             proof=SOME_PASSED,
         ),
@@ -307,7 +355,7 @@ def _checking_stages(out: Path) -> list[Stage]:
     counted += ["--kernel-name", "regex:.*batchnorm_ext.*", *itself, "--traffic"]
     traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
     traffic.note = "" if profiler else "ncu was not found"
-    return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 10, False)]
+    return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 12, False)]
 
 
 def _pytest(files: Iterable[str]) -> list[str]:
@@ -472,15 +520,15 @@ def _watched(process: subprocess.Popen[str]) -> int:
     """Pass on what a process says, and kill it when it says nothing; the last case it named."""
     last = -1
     assert process.stdout is not None
-    timer = threading.Timer(STALLED_S, process.kill)
+    timer = threading.Timer(STARTING_S, process.kill)
     timer.start()
     for line in process.stdout:
-        timer.cancel()
-        timer = threading.Timer(STALLED_S, process.kill)
-        timer.start()
         print(line, end="", flush=True)
         if line.startswith("case "):
             last = int(line.split(":")[0].split()[1])
+        timer.cancel()
+        timer = threading.Timer(STARTING_S if last < 0 else STALLED_S, process.kill)
+        timer.start()
     timer.cancel()
     process.wait()
     return last
@@ -623,6 +671,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
     parser.add_argument("--budget", type=float, default=540, help="seconds (%(default)s)")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (all)")
     parser.add_argument("--exercise", action="store_true", help="only run each kernel once")
     parser.add_argument("--exercise-from", type=int, metavar="CASE", help="in this process")
     parser.add_argument("--until", type=float, default=float("inf"), help="end of an exercise")
@@ -647,43 +696,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(EXIT_LOST)  # what is left to do for the device would only fail
         print(f"failures: {len(failures)}" if failures else "every result is right")
         return 1 if failures else 0
-    return run_all(options.out.resolve(), options.budget)
+    out = options.out.resolve()
+    stages = _checking_stages(out)
+    names = [stage.name for stage in stages]
+    unknown = set(options.stages or ()).difference(names)
+    if unknown:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    chosen = [stage for stage in stages if stage.name in (options.stages or names)]
+    return run_all(out, options.budget, chosen)
 
 
-def run_all(out: Path, budget_s: float) -> int:
+def run_all(out: Path, budget_s: float, checking: Sequence[Stage]) -> int:
     """Build, then check and measure with what was built."""
     start = time.monotonic()
-    site = ROOT / "build" / "gpu-site"
+    signal.signal(signal.SIGTERM, _end_all)
     log = out / "log.txt"
     out.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    build, jit = _build_stages(site)
-    checking = _checking_stages(out)
+    build, jit = _build_stages()
     try:
         described = describe_machine("cuda", available_threads())
     except Exception as error:  # whatever it is, it must not cost the run
         described = {"unknown": first_line(error)}
-
-    def report(stages: Sequence[Stage]) -> Callable[[], None]:
-        return lambda: _write(out, summary(stages, described, budget_s))
-
-    # The order of the search path decides which batchnorm_ext is imported: the installed one, with
-    # the checkout behind it for the benchmarks and tests.
-    path = os.pathsep.join([str(site), str(ROOT)])
+    # The checkout's Python, and of what was installed the native module.
+    path = os.pathsep.join([str(ROOT), str(SITE)])
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "BATCHNORM_EXT_BACKEND": "prebuilt"}
     variables["PYTHONUNBUFFERED"] = "1"  # what is killed has said all it had to
-    share = build.share / (build.share + sum(stage.share for stage in checking))
-    stages = [build, *checking]
-    run_stages([build], budget_s * share, {}, log, report(stages))
+    building = [build]
+    if _is_built():
+        build.state, build.note = "passed", "built earlier"
+
+    def report() -> None:
+        _write(out, summary([*building, *checking], described, budget_s))
+
+    def run(stages: Sequence[Stage], share: float, variables: dict[str, str]) -> None:
+        left = budget_s - (time.monotonic() - start)
+        run_stages(stages, share * left, variables, log, report)
+
     if build.state != "passed":
+        run([build], BUILD_SHARE, {})
+    if build.state != "passed":
+        building.append(jit)
         variables |= {"PYTHONPATH": str(ROOT), "BATCHNORM_EXT_BACKEND": "jit"}
-        stages = [build, jit, *checking]
-        left = budget_s - (time.monotonic() - start)
-        run_stages([jit], left / 2, variables, log, report(stages))
+        run([jit], BUILD_SHARE, variables)
     if "passed" in (build.state, jit.state):
-        left = budget_s - (time.monotonic() - start)
-        run_stages(checking, left, variables, log, report(stages))
-    return 0 if passed(stages) else 1
+        exercising = [stage for stage in checking if stage.name == EXERCISE]
+        others = [stage for stage in checking if stage.name != EXERCISE]
+        shares = [sum(stage.share for stage in stages) for stages in (exercising, others)]
+        run(exercising, shares[0] / sum(shares), variables)
+        if any(stage.state != "passed" for stage in exercising):
+            others.sort(key=lambda stage: stage.name not in SANITIZERS)
+        run(others, 1.0, variables)
+    return 0 if passed([*building, *checking]) else 1
 
 
 def _write(out: Path, content: dict[str, Any]) -> None:

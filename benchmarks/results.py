@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from batchnorm_ext._build import source_hash
 from batchnorm_ext._extension import obtained
 
 SCHEMA = "batchnorm_ext-benchmark/1"
@@ -174,10 +175,10 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``-dirty`` where code differs from it."""
+    """Short hash of the checkout, with ``-dirty`` where code differs from it; without git, of csrc."""
     head = _output("git", "rev-parse", "--short", "HEAD")
     if not head:
-        return "unknown"
+        return f"sources-{source_hash()[:7]}"
     code = ("csrc", "batchnorm_ext", "benchmarks/*.py")
     return head + ("-dirty" if _output("git", "status", "--porcelain", "--", *code) else "")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from batchnorm_ext._build import Toolkit  # noqa: E402
+from batchnorm_ext import _build  # noqa: E402
 from benchmarks import commands, demo, device_limits, gpu, measure, shapes  # noqa: E402
 from benchmarks.accuracy import measure_accuracy  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
@@ -47,7 +50,7 @@ from benchmarks.models import resnet50, small_resnet  # noqa: E402
 from benchmarks.problem import make_problem, truth  # noqa: E402
 from benchmarks.report import render, render_comparison  # noqa: E402
 from benchmarks.requirement import Requirement, unmet  # noqa: E402
-from benchmarks.results import Record, SchemaError, check_row, results_path  # noqa: E402
+from benchmarks.results import Record, SchemaError, check_row, commit, results_path  # noqa: E402
 from benchmarks.session import Session, Task  # noqa: E402
 from benchmarks.shapes import Case  # noqa: E402
 from benchmarks.stats import Ratio, geometric_mean, ratio_of_medians, summarize  # noqa: E402
@@ -604,6 +607,13 @@ def test_record_survives_its_file(tmp_path: Path) -> None:
         Record.load(path)
 
 
+def test_sources_stand_for_the_commit_where_there_is_no_git(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() == f"sources-{_build.source_hash()[:7]}"
+
+
 def test_newer_rows_replace_older_ones_of_the_same_case() -> None:
     older = make_record({"batchnorm_ext": 10.0, "floor": 5.0})
     newer = make_record({"batchnorm_ext": 7.0})
@@ -878,11 +888,13 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
         gpu.Stage("absent", [], 1.0),
         gpu.Stage("not a program", ["/does/not/exist"], 1.0),
         stage("silent", "pass", proof=r"[1-9]\d* passed"),
+        stage("verbose", "print('first'); print('said again\\n' * 10**6); print('12 passed')"),
         stage("last", f"assert float('{gpu.SECONDS}') > 0; print('12 passed')", proof="12 passed"),
     ]
+    stages[-2].proof = stages[-1].proof
     reports: list[list[str]] = []
     gpu.run_stages(stages, 60, {}, log, lambda: reports.append([one.state for one in stages]))
-    states = ["passed", "failed", "overran", "skipped", "failed", "failed", "passed"]
+    states = ["passed", "failed", "overran", "skipped", "failed", "failed", "passed", "passed"]
     assert reports[-1] == states
     assert len(reports) == len(stages)
     assert stages[0].tail.strip() == "said"
@@ -890,6 +902,7 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
     assert stages[5].exit_code == 0
     assert "passed" in stages[5].note
     assert "==== endless" in log.read_text()
+    assert len(log.read_text()) < 3 * gpu.LOGGED_BYTES
     assert not gpu.passed(stages)
     assert gpu.passed([stages[0], stages[-1]])
     json.dumps(gpu.summary(stages, {}, 60))
@@ -939,9 +952,9 @@ def test_gpu_run_checks_what_it_has_built(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
     say = "import os; print(os.environ['BATCHNORM_EXT_BACKEND'])"
     build, jit = stage("build", f"raise SystemExit({int(not pip_works)})"), stage("jit", say)
-    monkeypatch.setattr(gpu, "_build_stages", lambda site: (build, jit))
-    monkeypatch.setattr(gpu, "_checking_stages", lambda out: [stage("tests", say)])
-    assert gpu.run_all(tmp_path, 60) == (0 if pip_works else 1)
+    monkeypatch.setattr(gpu, "_build_stages", lambda: (build, jit))
+    monkeypatch.setattr(gpu, "_is_built", lambda: False)
+    assert gpu.run_all(tmp_path, 60, [stage("tests", say)]) == (0 if pip_works else 1)
     found = json.loads((tmp_path / "summary.json").read_text())
     states = {one["name"]: one["state"] for one in found["stages"]}
     if pip_works:
@@ -953,24 +966,102 @@ def test_gpu_run_checks_what_it_has_built(
     assert found["environment"]["device"] == "Some GPU"
 
 
+def test_gpu_run_uses_what_was_built_for_the_same_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(gpu, "SITE", tmp_path)
+    (tmp_path / "batchnorm_ext").mkdir()
+    assert not gpu._is_built()
+    fits = _build.Stamp(
+        *(_build.VERSION, torch.__version__, torch.version.cuda or "", "9.0"),
+        *(_build.source_hash(), _build.python_tag()),
+    )._replace(cuda="13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for stamp, is_built in (
+        (fits, True),
+        (fits._replace(cuda=""), False),
+        (fits._replace(arch_list="8.0"), False),
+        (fits._replace(source_hash="0"), False),
+        (fits._replace(torch="1.0"), False),
+    ):
+        _build.write_stamp(tmp_path / "batchnorm_ext" / "_C.json", stamp)
+        assert gpu._is_built() == is_built, stamp
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_sanitizers_come_first_where_results_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(gpu, "_is_built", lambda: True)
+    stages = [stage(name, "pass") for name in ("layers", "memcheck", "racecheck")]
+    stages.insert(0, stage(gpu.EXERCISE, f"raise SystemExit({int(not right)})"))
+    assert gpu.run_all(tmp_path, 200, stages) == (0 if right else 1)
+    log = (tmp_path / "log.txt").read_text()
+    ran = re.findall(r"^==== (\w+):", log, re.MULTILINE)
+    others = ["layers", "memcheck", "racecheck"] if right else ["memcheck", "racecheck", "layers"]
+    assert ran == ["exercise", *others]
+
+
+def test_gpu_run_of_some_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_all", lambda out, budget, stages: [one.name for one in stages])
+    assert gpu.main([str(tmp_path), "--stages", "traffic", "layers"]) == ["layers", "traffic"]
+    assert len(gpu.main([str(tmp_path)])) == len(gpu._checking_stages(tmp_path))
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--stages", "layer"])
+    assert "no stage layer; there are exercise, " in capsys.readouterr().err
+
+
+def test_what_stages_started_ends_with_the_run(tmp_path: Path) -> None:
+    """A stage has a session of its own, which the end of the run must reach."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    lasting = f"""
+import time
+held = open({str(fifo)!r}, "w")
+print("here", end="", file=held, flush=True)
+time.sleep(60)
+"""
+    program = f"""
+import pathlib, signal, sys
+from benchmarks import gpu
+signal.signal(signal.SIGTERM, gpu._end_all)
+stages = [gpu.Stage(name, [sys.executable, "-c", {lasting!r}], 1.0, at_once="both") for name in "ab"]
+gpu.run_stages(stages, 600, {{}}, pathlib.Path({str(tmp_path / "log.txt")!r}), lambda: None)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    with fifo.open() as holders:
+        assert holders.read(8) == "herehere"
+        start = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert holders.read() == ""  # the end, when nobody holds it open any more
+    assert time.monotonic() - start < 30
+
+
 def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(gpu, "_tool", lambda name: f"/opt/{name}")
-    for one in gpu._build_stages(tmp_path):
+    for one in gpu._build_stages():
         assert one.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
         assert int(one.environment["MAX_JOBS"]) >= 1
     stages = gpu._checking_stages(tmp_path)
     measuring = {one.name: one for one in stages if not one.decides}
-    assert list(measuring) == ["device limits", "layers", "traffic", "benchmark"]
-    assert measuring.pop("device limits").command[1:3] == ["-m", "benchmarks.device_limits"]
+    assert list(measuring) == ["device-limits", "layers", "traffic", "benchmark"]
+    assert measuring.pop("device-limits").command[1:3] == ["-m", "benchmarks.device_limits"]
     assert measuring.pop("traffic").command[0] == "/opt/ncu"
     for one in measuring.values():
         commands.parser().parse_args([word.replace(gpu.SECONDS, "9") for word in one.command[3:]])
     checking = [one for one in stages if one.decides]
-    assert [one.name for one in checking] == ["exercise", "tests", "system tests", *gpu.SANITIZERS]
+    assert [one.name for one in checking] == ["exercise", "tests", "system-tests", *gpu.SANITIZERS]
     tested = [word for one in checking for word in one.command if word.startswith("tests/")]
     assert sorted(tested) == sorted(
         f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py")
@@ -1017,7 +1108,7 @@ def test_device_limits_are_measured_and_kept_whatever_fails(
     )
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
-    monkeypatch.setattr(device_limits, "find_toolkit", lambda: Toolkit(tmp_path, (13, 0)))
+    monkeypatch.setattr(device_limits, "find_toolkit", lambda: _build.Toolkit(tmp_path, (13, 0)))
     program = """#!/bin/sh
 [ $1 = columns ] && exit 1
 echo "{\\"$1\\": 2}"
