@@ -65,7 +65,7 @@ LOGGED_BYTES = 1 << 20
 MEMORY_PER_JOB = 4 << 30
 # Where packages of the toolkit and of its profiler put them; the latter, one folder a version.
 TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
-EXERCISE = "exercise"
+EXERCISE, TUNING = "exercise", "tuning"
 # Peers of the layers measured first: those that need no compiling.
 QUICK_CONTENDERS = ("batchnorm_ext", "floor", "torch_eager", "torch_eager_no_cudnn")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -355,7 +355,9 @@ def _checking_stages(out: Path) -> list[Stage]:
     counted += ["--kernel-name", "regex:.*batchnorm_ext.*", *itself, "--traffic"]
     traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
     traffic.note = "" if profiler else "ncu was not found"
-    return [*stages, traffic, Stage("benchmark", [*benchmark, "default", *measured], 12, False)]
+    stages += [traffic, Stage("benchmark", [*benchmark, "default", *measured], 12, False)]
+    tuning = [python, "-m", "benchmarks.tuning", str(out / "tuning.json")]
+    return [*stages, Stage(TUNING, [*tuning, "--time-budget", SECONDS], 30, False)]
 
 
 def _pytest(files: Iterable[str]) -> list[str]:
@@ -671,7 +673,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=Path("build/gpu"))
     parser.add_argument("--budget", type=float, default=540, help="seconds (%(default)s)")
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (all)")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (all but tuning)")
     parser.add_argument("--exercise", action="store_true", help="only run each kernel once")
     parser.add_argument("--exercise-from", type=int, metavar="CASE", help="in this process")
     parser.add_argument("--until", type=float, default=float("inf"), help="end of an exercise")
@@ -702,7 +704,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(options.stages or ()).difference(names)
     if unknown:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    chosen = [stage for stage in stages if stage.name in (options.stages or names)]
+    wanted = options.stages or [name for name in names if name != TUNING]
+    chosen = [stage for stage in stages if stage.name in wanted]
     return run_all(out, options.budget, chosen)
 
 

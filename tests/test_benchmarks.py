@@ -1,4 +1,4 @@
-"""The benchmarks: statistics, verification, schema, reports, requirements, the demo and the GPU run."""
+"""The benchmarks: statistics, verification, schema, reports, requirements, the demo, the GPU run and tuning."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import WeakSet
 
 import pytest
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from batchnorm_ext import _build  # noqa: E402
-from benchmarks import commands, demo, device_limits, gpu, measure, shapes  # noqa: E402
+from batchnorm_ext import _build, _extension  # noqa: E402
+from benchmarks import commands, demo, device_limits, gpu, measure, shapes, tuning  # noqa: E402
 from benchmarks.accuracy import measure_accuracy  # noqa: E402
 from benchmarks.contenders import (  # noqa: E402
     FUSED_OPS,
@@ -1011,7 +1012,8 @@ def test_gpu_run_of_some_stages(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run_all", lambda out, budget, stages: [one.name for one in stages])
     assert gpu.main([str(tmp_path), "--stages", "traffic", "layers"]) == ["layers", "traffic"]
-    assert len(gpu.main([str(tmp_path)])) == len(gpu._checking_stages(tmp_path))
+    every = [one.name for one in gpu._checking_stages(tmp_path)]
+    assert gpu.main([str(tmp_path)]) == [name for name in every if name != gpu.TUNING]
     with pytest.raises(SystemExit):
         gpu.main([str(tmp_path), "--stages", "layer"])
     assert "no stage layer; there are exercise, " in capsys.readouterr().err
@@ -1055,7 +1057,8 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
         assert int(one.environment["MAX_JOBS"]) >= 1
     stages = gpu._checking_stages(tmp_path)
     measuring = {one.name: one for one in stages if not one.decides}
-    assert list(measuring) == ["device-limits", "layers", "traffic", "benchmark"]
+    assert list(measuring) == ["device-limits", "layers", "traffic", "benchmark", "tuning"]
+    assert measuring.pop("tuning").command[1:3] == ["-m", "benchmarks.tuning"]
     assert measuring.pop("device-limits").command[1:3] == ["-m", "benchmarks.device_limits"]
     assert measuring.pop("traffic").command[0] == "/opt/ncu"
     for one in measuring.values():
@@ -1122,6 +1125,71 @@ echo "{\\"$1\\": 2}"
         assert "failed" in str(found.keys())
         measured = [name for name in device_limits.EXPERIMENTS if name in found]
         assert measured == [n for n in device_limits.EXPERIMENTS if works and n != "columns"]
+
+
+@pytest.mark.parametrize("experiment", tuning.EXPERIMENTS, ids=lambda one: one.constant)
+def test_constants_of_the_plan_can_be_given_values(
+    experiment: tuning.Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a constant is in is compiled anew; the other objects are those of the build at hand."""
+    csrc = _build.source_root()
+    sources = [csrc / "cuda" / "launch" / name for name in ("launch_plan.cpp", "forward_half.cu")]
+    sources.append(csrc / "cpu" / "blocking.cpp")
+    known = []
+    for source in sources:
+        output = tmp_path / f"{source.stem}.o"
+        output.write_text(f"old {source.name}\n")
+        command = f"cat {csrc}/cuda/launch/launch_plan.h {source} >{output}"
+        known.append(tuning.Compilation(source, output, command))
+    joined = [sys.executable, "-c", JOIN]
+    monkeypatch.setattr(tuning, "_link_command", lambda: joined)
+    monkeypatch.setattr(tuning, "_libraries", lambda: [])
+    for i, value in enumerate(experiment.values):
+        text = tuning.build(tmp_path / str(i), experiment.constant, value, known).read_text()
+        assert re.search(rf"\b{experiment.constant}(\[\])? = {re.escape(value)};", text)
+        assert "old launch_plan.cpp" not in text
+        assert "old blocking.cpp" in text
+        in_a_header = experiment.constant == "exchange_bytes"
+        assert ("old forward_half.cu" in text) != in_a_header
+
+
+JOIN = """
+import pathlib, sys
+*objects, _, library = sys.argv[1:]
+pathlib.Path(library).write_text("".join(pathlib.Path(one).read_text() for one in objects))
+"""
+
+
+def test_constant_that_is_not_defined_once_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cuda").mkdir()
+    for name in ("a.h", "b.h"):
+        (tmp_path / "cuda" / name).write_text("constexpr int kTwice = 2;\n")
+    with pytest.raises(ValueError, match=r"kTwice must be defined once; it is in a\.h, b\.h"):
+        tuning.with_value(tmp_path, "kTwice", "3")
+    with pytest.raises(ValueError, match="kNever must be defined once; it is in no file"):
+        tuning.with_value(tmp_path, "kNever", "3")
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_builds_are_compared_and_wrong_ones_told(op: str) -> None:
+    native = _extension.backend()
+    broken = SimpleNamespace(forward=native.forward, backward=native.backward)
+    name = "backward" if op == "backward" else "forward"
+    original = getattr(native, name)
+
+    def shifted(*given: object) -> tuple[torch.Tensor, ...]:
+        first, *others = original(*given)
+        return (first + 1, *others)
+
+    setattr(broken, name, shifted)
+    modules = {tuning.BASE: native, "same": native, "wrong": broken}
+    base, same, wrong = tuning.compare(modules, SMALL, op, "cpu", seconds=0.0)
+    assert base["ratio"][0] == 1
+    assert same["us"] > 0
+    assert "is off by" in wrong["failed"]
+    assert "ratio" not in wrong
+    assert "is off by" in tuning.told({"constant": "kSome", **wrong})
 
 
 @pytest.mark.parametrize("case", gpu.exercise_cases()[::9], ids=str)

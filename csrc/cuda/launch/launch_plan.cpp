@@ -214,13 +214,16 @@ constexpr int64_t kWorthStreaming = 32;
 // How much more of the device a group across the grid must keep busy than one that costs less to bring together.
 constexpr int64_t kWorthTheGrid = 4;
 
-// The largest cluster that may hold a tile. Those beyond the portable size fit fewer places of a device: not worth it
-// where they leave a quarter of it idle.
+// How much of the device clusters beyond the portable size must keep busy: they fit fewer places of it.
+constexpr int64_t kBusyQuarters = 3;
+
+// The largest cluster that may hold a tile.
 int64_t largest_cluster(const DeviceLimits& limits) {
   int64_t largest = 1;
   for (int i = 0; i < kClusterSizes; ++i) {
     const int64_t size = int64_t(2) << i, blocks = size * limits.active_clusters[i];
-    if (size <= kPortableCluster ? blocks > 0 : 4 * blocks >= 3 * kResidentBlocks * limits.multiprocessors) {
+    if (size <= kPortableCluster ? blocks > 0
+                                 : 4 * blocks >= kBusyQuarters * kResidentBlocks * limits.multiprocessors) {
       largest = size;
     }
   }
