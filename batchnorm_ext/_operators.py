@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _reference
 from ._extension import backend
@@ -155,6 +156,17 @@ def being_traced() -> bool:
 def being_watched() -> bool:
     """Return whether a dispatch mode sees the operators that are called, as in selective checkpointing."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def being_kept_from_writes() -> bool:
+    """Return whether torch.autograd.graph.allow_mutation_on_saved_tensors is in force.
+
+    Its mode looks at each argument that an operator may write, and fails where that is None.
+    """
+    return being_watched() and any(
+        isinstance(mode, torch.autograd.graph._CloneArgBeforeMutateMode)
+        for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def _as_operator() -> bool:

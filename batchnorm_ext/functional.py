@@ -70,9 +70,9 @@ def batch_norm(
     NotImplementedError
         A dtype that batch norm does not exist for.
     TypeError
-        `momentum` is no number; the cumulative average, ``momentum=None``, is the modules'.
+        `training` is no bool; `momentum` is no number: the cumulative average, ``momentum=None``, is the modules'.
     """
-    _check_momentum("batch_norm", momentum)
+    _check_types("batch_norm", training, momentum)
     return batch_norm_with_counter(
         input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
     )
@@ -129,7 +129,7 @@ def batch_norm_act(
     RuntimeError
         As `batch_norm`; a residual of another shape, dtype or device; `inplace` with a leaf that requires a gradient.
     """
-    _check_momentum("batch_norm_act", momentum)
+    _check_types("batch_norm_act", training, momentum)
     return batch_norm_act_with_counter(
         input,
         residual,
@@ -148,12 +148,14 @@ def batch_norm_act(
     )
 
 
-def _check_momentum(function: str, momentum: object) -> None:
-    if momentum is None or isinstance(momentum, str):
-        raise TypeError(
-            f"{function}(): argument 'momentum' (position 7) must be float, not "
-            + type(momentum).__name__
-        )
+def _check_types(function: str, training: object, momentum: object) -> None:
+    if not isinstance(training, bool):
+        problem, value = "'training' (position 6) must be bool", training
+    elif momentum is None or isinstance(momentum, str):
+        problem, value = "'momentum' (position 7) must be float", momentum
+    else:
+        return
+    raise TypeError(f"{function}(): argument {problem}, not {type(value).__name__}")
 
 
 def check_activation(activation: str, negative_slope: float, inplace: bool) -> None:
@@ -308,11 +310,14 @@ def _has_cuda_kernels() -> bool:
 def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
     """Return whether this package's kernels can see these tensors' memory and nothing watches torch's own operator.
 
-    Everything else goes to torch's batch norm: tensor subclasses (DTensor, FakeTensor, functional tensors), other
-    devices and dtypes, export and tracing, torch.func transforms, and forward-mode AD. Other dispatch modes, such as
-    selective checkpointing's, see this package's operators.
+    Everything else goes to torch's batch norm: tensor subclasses (DTensor, FakeTensor, functional tensors), tensors
+    that stand for the negative of their memory or for zeros without any, other devices and dtypes, export and tracing,
+    torch.func transforms, and forward-mode AD. Other dispatch modes, such as selective checkpointing's, see this
+    package's operators.
     """
-    if type(input) not in _PLAIN_TYPES or input.dtype not in _DTYPES or input.dim() < 2:
+    if input is None or type(input) not in _PLAIN_TYPES:
+        return False
+    if input.dtype not in _DTYPES or input.dim() < 2:
         return False
     if not (input.is_cpu or (input.is_cuda and _has_cuda_kernels())):
         return False
@@ -336,6 +341,11 @@ def _kernels_apply(input: Tensor, *others: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or _operators.being_traced()
         or (_operators.being_watched() and not _operators.operators_available())
+        or _operators.being_kept_from_writes()
+        or any(
+            tensor is not None and (tensor.is_neg() or tensor._is_zerotensor())
+            for tensor in (input, *others)
+        )
     )
 
 
@@ -351,6 +361,10 @@ def _torch_batch_norm(
     eps: float,
     skip_nonfinite: bool,
 ) -> Tensor:
+    if not isinstance(
+        input, Tensor
+    ):  # torch's error, or what stands for a tensor in torch's functions
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     dtype = input.dtype
     if running_mean is not None and running_mean.dtype == torch.float32 != dtype:
         # 16-bit parameters beside float32 statistics, as `.half()` leaves them, are nothing that torch mixes, and its
@@ -383,6 +397,9 @@ def _torch_batch_norm(
         return output.to(dtype)
     # Torch moves the statistics by a number that the host must know, whatever came: let it only compute the batch's.
     mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    for batch, running in ((mean, running_mean), (variance, running_var)):
+        if running.requires_grad:  # which torch refuses
+            batch.requires_grad_()
     output = F.batch_norm(input, mean, variance, weight, bias, training, 1.0, eps)
     accumulate = _reference.accumulate_dtype(mean.dtype)
     share: float | Tensor = momentum or 0.0
@@ -417,7 +434,7 @@ def _check_call(
 
 
 def _check_eps(eps: float, training: bool) -> None:
-    if eps > 0.0:
+    if not eps <= 0.0:  # nor is NaN refused by torch
         return
     if not _TORCH_ALLOWS_ZERO_EPS:
         raise ValueError(f"batch_norm eps must be positive, but got {eps}")

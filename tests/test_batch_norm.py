@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_strided_parameters_and_statistics(dtype, training, device):
     for name in ("weight", "bias", "running_mean", "running_var"):
         setattr(args, name, strided(getattr(args, name)))
     check_call(args, training=training)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("lazily", [torch._neg_view, torch.zeros_like], ids=["negative", "zero"])
+def test_tensors_that_are_not_their_memory(name, lazily, training, device):
+    """Of these torch keeps the bit that says so, or no memory at all, until an operator looks."""
+    args = arguments((4, 3, 5), device=device, requires_grad=False)
+    plain = lazily(getattr(args, name)).resolve_neg().clone()
+    expected = call(replace(args.clone(), **{name: plain}), training=training)
+    if lazily is torch._neg_view:
+        lazy = torch._neg_view(-plain)
+    else:
+        lazy = torch._efficientzerotensor(plain.shape, device=device)
+    actual = call(replace(args.clone(), **{name: lazy}), training=training)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_keyword_call_and_defaults(device):

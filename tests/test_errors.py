@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -78,6 +79,8 @@ AS_IN_TORCH = {
     "complex": {"dtype": torch.complex64},
     "momentum-None": {"momentum": None},
     "momentum-text": {"momentum": "0.1"},
+    "training-a-number": {"training": 1},
+    "training-None": {"training": None},
     "running_mean-requires-grad": {"running_mean": torch.zeros(3, requires_grad=True)},
     "running_var-requires-grad": {"running_var": torch.ones(3, requires_grad=True)},
 }
@@ -93,6 +96,30 @@ def test_as_in_torch(changes, device):
     actual = call_with(batch_norm, device=device, **changes)
     assert type(actual) is type(expected)
     assert str(actual) == str(expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("input", [None, [1.0, 2.0], 3.0], ids=str)
+def test_inputs_that_are_no_tensors(input, training, device):
+    statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
+    expected, actual = (
+        error_of(function, input, *statistics, training=training)
+        for function in (nn.functional.batch_norm, batch_norm)
+    )
+    assert type(actual) is type(expected)
+    assert str(actual) == str(expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_eps_that_is_no_number_is_none_to_torch_either(training, device):
+    statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
+    assert (
+        batch_norm(
+            torch.randn(4, 3, device=device), *statistics, None, None, training, 0.1, math.nan
+        )
+        .isnan()
+        .all()
+    )
 
 
 def test_zero_eps_in_eval_follows_the_installed_torch(device):
@@ -212,6 +239,26 @@ def test_modules_refuse_what_torch_refuses_and_stay_unchanged(rank, shape, optio
         error = module_error(ours, x)
         assert type(error) is type(expected)
         assert str(error) == str(expected)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"skip_nonfinite": True}], ids=str)
+def test_running_statistics_that_require_gradients(name, options, device):
+    module = OURS[1](3, device=device, **options)
+    getattr(module, name).requires_grad_()
+    error = module_error(module, torch.randn(4, 3, device=device))
+    assert type(error) is RuntimeError
+    assert f"not differentiable with respect to argument '{name}'" in str(error)
+
+
+def test_one_sample_of_no_channels(device):
+    x = torch.empty(1, 0, device=device)
+    errors = [
+        error_of(function, x, None, None, training=True)
+        for function in (batch_norm, nn.functional.batch_norm)
+    ]
+    assert type(errors[0]) is type(errors[1]) is ValueError
+    assert str(errors[0]) == str(errors[1])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

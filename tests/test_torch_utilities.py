@@ -169,6 +169,22 @@ def test_saved_tensors_may_be_compressed():
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_saved_tensors_may_be_mutated_where_torch_copies_them(training, device):
+    x = torch.randn(6, 3, 4, 4, device=device)
+    gradients = []
+    for family in (nn.BatchNorm2d, batchnorm_ext.BatchNorm2d):
+        module = family(3, device=device).train(training)
+        z = x.clone().requires_grad_()
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            moved = z * 2
+            y = module(moved)
+            moved.add_(1.0)
+            y.square().sum().backward()
+        gradients.append([z.grad, module.weight.grad, module.running_mean])
+    torch.testing.assert_close(*gradients)
+
+
 def test_two_forwards_before_one_backward():
     """As with a siamese network; torch's modules call it an in-place error when buffers are rewritten between."""
     model, separate = network(), network()

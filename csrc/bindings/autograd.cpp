@@ -250,8 +250,8 @@ bool accepted(const ForwardArguments& call) {
   if (input.dim() < 2 || !has_kernels(input.scalar_type()) || !(call.eps > 0.0)) return false;
   if (call.running_mean.requires_grad() || call.running_var.requires_grad()) return false;
   if (!call.training) return call.running_mean.defined() && call.running_var.defined();
-  const int64_t channels = input.size(1);
-  return call.running_mean.defined() == call.running_var.defined() && (channels == 0 || input.numel() != channels);
+  const int64_t channels = input.size(1);  // none: the number of samples, one of which is too few, does not show
+  return call.running_mean.defined() == call.running_var.defined() && channels > 0 && input.numel() != channels;
 }
 
 bool like(const Tensor& residual, const Tensor& input) {
