@@ -19,9 +19,10 @@ __device__ __forceinline__ V* shared_memory() {
 
 // Where items lie of which each thread has kSums neighbours, a power of two. Within these they change places from one
 // line of the banks to the next: else the threads of a warp, which read or write the same one of theirs at once, share
-// few banks.
+// few banks. Those of sizes that are no power of two differ in their banks as they are.
 template <int kSums, class Item>
 __device__ __forceinline__ int banked(int item) {
+  if constexpr ((sizeof(Item) & (sizeof(Item) - 1)) != 0) return item;
   constexpr int kLineBytes = 128, kThreadBytes = kSums * static_cast<int>(sizeof(Item));
   constexpr int kLineThreads = kThreadBytes < kLineBytes ? kLineBytes / kThreadBytes : 1;
   return item ^ item / (kSums * kLineThreads) % kSums;
