@@ -448,6 +448,8 @@ def check_activation(activation: str) -> None:
 def check_residual(residual: Tensor | None, input: Tensor) -> None:
     if residual is None:
         return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor, got {type(residual).__name__}")
     for what in ("shape", "dtype", "device"):
         actual, expected = getattr(residual, what), getattr(input, what)
         if actual != expected:

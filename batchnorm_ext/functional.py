@@ -130,6 +130,10 @@ def batch_norm_act(
         As `batch_norm`; a residual of another shape, dtype or device; `inplace` with a leaf that requires a gradient.
     """
     _check_types("batch_norm_act", training, momentum)
+    if not isinstance(activation, str):
+        _reference.check_activation(activation)
+    if negative_slope is None or isinstance(negative_slope, str):
+        raise TypeError(f"negative_slope must be a float, got {type(negative_slope).__name__}")
     return batch_norm_act_with_counter(
         input,
         residual,

@@ -12,7 +12,7 @@ from inputs import DTYPES
 from torch import nn
 
 import batchnorm_ext
-from batchnorm_ext.functional import batch_norm
+from batchnorm_ext.functional import batch_norm, batch_norm_act
 
 OURS = {1: batchnorm_ext.BatchNorm1d, 2: batchnorm_ext.BatchNorm2d, 3: batchnorm_ext.BatchNorm3d}
 TORCHS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -358,3 +358,19 @@ def test_backend_checks_of_fused_calls_without_the_python_layer():
             )
     with pytest.raises(RuntimeError, match="mask"):
         backend().backward_act(x, *good.values(), True, True, True, None, None, "silu", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"activation": nn.ReLU()}, ValueError),
+        ({"activation": None}, ValueError),
+        ({"negative_slope": "0.1"}, TypeError),
+        ({"residual": 1.0}, TypeError),
+    ],
+    ids=str,
+)
+def test_fused_arguments_of_another_type_are_named(changes, kind, device):
+    error = call_with(batch_norm_act, device=device, **changes)
+    assert type(error) is kind
+    assert str(error).startswith(next(iter(changes)))
