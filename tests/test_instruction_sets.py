@@ -1,4 +1,4 @@
-"""A representative part of the suite on every instruction set the CPU kernels have and this machine runs."""
+"""A representative part of the suite on every instruction set that this machine runs, and on one thread."""
 
 from __future__ import annotations
 
@@ -37,17 +37,22 @@ def supported() -> list[str]:
     return list(CAPABILITIES[: CAPABILITIES.index(best) + 1]) if best else []
 
 
-def run(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
-        env=environment,
+        env=os.environ | environment,
         cwd=HERE,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+def run_selection(environment: dict[str, str]) -> None:
+    pytest_quietly = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu"]
+    outcome = run(environment, *pytest_quietly, *SELECTION)
+    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-2000:]
 
 
 @pytest.mark.native
@@ -57,18 +62,14 @@ def test_selection_under(capability):
         pytest.skip(f"this machine's torch runs {torch.backends.cpu.get_cpu_capability()} at most")
     if backend().build_info()["instruction_set"] == NAMES[capability]:
         pytest.skip("what the rest of the session runs on")
+    environment = {"ATEN_CPU_CAPABILITY": capability}
     question = "from batchnorm_ext._extension import backend; print(backend().build_info()['instruction_set'])"
-    assert run(capability, "-c", question).stdout.split()[-1] == NAMES[capability]
-    outcome = run(
-        capability,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not gpu",
-        *SELECTION,
-    )
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-2000:]
+    assert run(environment, "-c", question).stdout.split()[-1] == NAMES[capability]
+    run_selection(environment)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="what the rest of the session runs on")
+def test_selection_on_one_thread():
+    """Sums are longest where no thread shares them."""
+    run_selection({"OMP_NUM_THREADS": "1"})

@@ -28,7 +28,7 @@ constexpr int64_t mask_row_bytes(int64_t elements) {
 // A tensor is walked in one of two views.
 //   planes:  each channel is a run of `inner` elements, and vectors run along it
 //   columns: the tensor is a matrix whose rows are `repeat` times [channels][inner], and vectors run across channels;
-//            repeat > 1 makes the row of a few channels a whole number of vectors
+//            repeat > 1, a power of two, makes the row of a few channels a whole number of vectors
 // Tasks own whole channels, or, when split_samples, a share of the samples of all channels.
 struct Blocking {
   bool columns;

@@ -380,10 +380,10 @@ BN_CPU_NOINLINE void sum_columns(const Sum& sum, const Shape& shape, int64_t rep
   for (int64_t row = 0; row < whole; row += rows_together) add(row, min(rows_together, whole - row), columns);
   if (rows % repeat != 0) add(whole, 1, rows % repeat * row_columns);
 
-  for (int64_t r = 1; r < repeat; ++r) {
-    for (int64_t j = 0; j < row_columns; ++j) {
-      s[j] += s[r * row_columns + j];
-      q[j] += q[r * row_columns + j];
+  for (int64_t half = columns / 2; half >= row_columns; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) {
+      s[j] += s[half + j];
+      q[j] += q[half + j];
     }
   }
   if (shape.inner > 1) {  // the sums of a channel take the place of its first column or one before it
