@@ -365,9 +365,8 @@ def _torch_batch_norm(
     eps: float,
     skip_nonfinite: bool,
 ) -> Tensor:
-    if not isinstance(
-        input, Tensor
-    ):  # torch's error, or what stands for a tensor in torch's functions
+    if not isinstance(input, Tensor):
+        # Torch's error, or what stands for a tensor in torch's functions.
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     dtype = input.dtype
     if running_mean is not None and running_mean.dtype == torch.float32 != dtype:
