@@ -2,13 +2,16 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 CUDA_TORCH ?= 2.11.0
+LATEST_TORCH ?= 2.14.1
 CUDA_ARCH ?= 9.0
 OUT ?= build/gpu
 
 VENV := .venv
 CUDA_VENV := .venv-cuda
+LATEST_VENV := .venv-latest
 BIN := $(VENV)/bin
 CUDA_BIN := $(CUDA_VENV)/bin
+LATEST_BIN := $(LATEST_VENV)/bin
 INSTALL := -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 
 PACKAGE := setup.py pyproject.toml $(shell find batchnorm_ext csrc -name '*.py' -o -name '*.pyi' \
@@ -19,7 +22,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 EMULATED_TESTS := $(patsubst %,tests/test_%.py,activation batch_norm data_parallel derivatives distributed errors \
   fusion memory mixed_precision modules numerics properties renorm running_statistics torch_samples torch_utilities)
 
-.PHONY: help test demo bench lint format cpu-check emulate emulate-python cuda cuda-check gpu clean
+.PHONY: help test demo bench lint format cpu-check emulate emulate-python cuda latest cuda-check gpu clean
 help:
 	@echo "make demo        train a network with nn.BatchNorm2d and with ours, side by side"
 	@echo "make test        all tests, on the native module and on the pure-PyTorch path"
@@ -30,6 +33,7 @@ help:
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers"
 	@echo "make emulate-python  run the Python tests on those kernels, as if they were the CPU's"
 	@echo "make cuda        build for CUDA against torch $(CUDA_TORCH) and test what needs no GPU"
+	@echo "make latest      test with torch $(LATEST_TORCH) and the libraries around it"
 	@echo "make cuda-check  compile the CUDA kernels for all architectures and report spills"
 	@echo "make gpu OUT=dir everything a machine with a GPU should run; results in dir"
 
@@ -58,6 +62,18 @@ $(CUDA_VENV)/installed.stamp: $(CUDA_VENV)/requirements.stamp $(PACKAGE)
 	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) $(CUDA_BIN)/python $(INSTALL)
 	@touch $@
 
+$(LATEST_VENV)/requirements.stamp: requirements/test.txt requirements/integrations.txt
+	@echo "setting up $(LATEST_VENV) with torch $(LATEST_TORCH)"
+	@test -x $(LATEST_BIN)/python || $(PYTHON) -m venv $(LATEST_VENV)
+	@$(LATEST_BIN)/python -m pip install --quiet torch==$(LATEST_TORCH) \
+	  -r requirements/test.txt -r requirements/integrations.txt
+	@touch $@
+
+$(LATEST_VENV)/installed.stamp: $(LATEST_VENV)/requirements.stamp $(PACKAGE)
+	@echo "compiling batchnorm_ext for torch $(LATEST_TORCH)"
+	@FORCE_ONLY_CPU=1 $(LATEST_BIN)/python $(INSTALL)
+	@touch $@
+
 # ---- what they are for --------------------------------------------------------------------------
 
 # pytest, not python -m pytest, which would put this folder before the installed package.
@@ -80,6 +96,9 @@ emulate-python: $(VENV)/requirements.stamp
 cuda: $(CUDA_VENV)/installed.stamp
 	BATCHNORM_EXT_BACKEND=prebuilt $(CUDA_BIN)/pytest tests -m "not slow"
 
+latest: $(LATEST_VENV)/installed.stamp
+	BATCHNORM_EXT_BACKEND=prebuilt FORCE_ONLY_CPU=1 REQUIRE_LIBRARIES=1 $(LATEST_BIN)/pytest tests -m "not slow"
+
 cuda-check:
 	$(MAKE) --no-print-directory -C tests/native cuda-check PYTHON=$(PYTHON)
 
@@ -100,4 +119,4 @@ format: $(VENV)/requirements.stamp
 
 clean:
 	rm -rf build dist batchnorm_ext.egg-info demo_output .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	rm -f $(VENV)/installed.stamp $(CUDA_VENV)/installed.stamp
+	rm -f $(VENV)/installed.stamp $(CUDA_VENV)/installed.stamp $(LATEST_VENV)/installed.stamp

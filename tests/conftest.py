@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import batchnorm_ext
-from batchnorm_ext import _extension
+from batchnorm_ext import _extension, modules
 
 # Of the GPU's memory, what a process may keep from test to test.
 KEPT_BYTES = 4 << 30
+# Where benchmarks/ is: behind all else, so that the installed package stays the one that is tested.
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.append(ROOT)
 REQUESTED = os.environ.get("BATCHNORM_EXT_BACKEND", "auto")
 
 
@@ -102,6 +109,35 @@ def pytest_runtest_makereport(
 def device(request: pytest.FixtureRequest) -> str:
     """Each device the package computes on."""
     return request.param
+
+
+@pytest.fixture
+def library() -> Callable[[str], ModuleType]:
+    """Imports a library of requirements/integrations.txt, or skips the test: REQUIRE_LIBRARIES=1 makes that a failure."""
+
+    def imported(name: str) -> ModuleType:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # absent, or built for another torch, say
+            if os.environ.get("REQUIRE_LIBRARIES") == "1":
+                raise
+            pytest.skip(f"{name} of requirements/integrations.txt: {error}")
+
+    return imported
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The fused calls made: the activation, with a plus where a residual is added."""
+    made: list[str] = []
+    real = modules.batch_norm_act_with_counter
+
+    def recorded(input, residual, *others):
+        made.append(("+" if residual is not None else "") + others[-3])
+        return real(input, residual, *others)
+
+    monkeypatch.setattr(modules, "batch_norm_act_with_counter", recorded)
+    return made
 
 
 @pytest.fixture(autouse=True)

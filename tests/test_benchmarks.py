@@ -22,14 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from batchnorm_ext import _build, _extension  # noqa: E402
-from benchmarks import commands, demo, device_limits, gpu, measure, shapes, tuning  # noqa: E402
-from benchmarks.accuracy import measure_accuracy  # noqa: E402
-from benchmarks.contenders import (  # noqa: E402
+from batchnorm_ext import _build, _extension
+from benchmarks import commands, demo, device_limits, gpu, measure, shapes, tuning
+from benchmarks.accuracy import measure_accuracy
+from benchmarks.contenders import (
     FUSED_OPS,
     KERNEL_OPS,
     MODULE_OPS,
@@ -45,17 +41,17 @@ from benchmarks.contenders import (  # noqa: E402
     functional_forward,
     verified,
 )
-from benchmarks.measure import layer_tasks  # noqa: E402
-from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
-from benchmarks.models import resnet50, small_resnet  # noqa: E402
-from benchmarks.problem import make_problem, truth  # noqa: E402
-from benchmarks.report import render, render_comparison  # noqa: E402
-from benchmarks.requirement import Requirement, unmet  # noqa: E402
-from benchmarks.results import Record, SchemaError, check_row, commit, results_path  # noqa: E402
-from benchmarks.session import Session, Task  # noqa: E402
-from benchmarks.shapes import Case  # noqa: E402
-from benchmarks.stats import Ratio, geometric_mean, ratio_of_medians, summarize  # noqa: E402
-from benchmarks.timing import (  # noqa: E402
+from benchmarks.measure import layer_tasks
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.models import resnet50, small_resnet
+from benchmarks.problem import make_problem, truth
+from benchmarks.report import render, render_comparison
+from benchmarks.requirement import Requirement, unmet
+from benchmarks.results import ROOT, Record, SchemaError, check_row, commit, results_path
+from benchmarks.session import Session, Task
+from benchmarks.shapes import Case
+from benchmarks.stats import Ratio, geometric_mean, ratio_of_medians, summarize
+from benchmarks.timing import (
     cold_buffers,
     count_launches,
     cpu_sampler,
@@ -64,7 +60,7 @@ from benchmarks.timing import (  # noqa: E402
     thread_counts,
     wall_sampler,
 )
-from benchmarks.training import measure_model  # noqa: E402
+from benchmarks.training import measure_model
 
 SMALL = Case("test/small", (4, 3, 5, 7))
 ENVIRONMENT = {

@@ -108,12 +108,9 @@ class OnlyNorm(nn.Module):
 @pytest.mark.parametrize("exporter", ["torch.export", "TorchScript"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_onnx_has_a_batch_normalization_node(exporter, tmp_path):
-    onnx = pytest.importorskip("onnx", reason="onnx is in requirements/integrations.txt")
-    runtime = pytest.importorskip(
-        "onnxruntime", reason="onnxruntime is in requirements/integrations.txt"
-    )
-    pytest.importorskip("onnxscript", reason="onnxscript is in requirements/integrations.txt")
+def test_onnx_has_a_batch_normalization_node(exporter, tmp_path, library):
+    onnx, runtime = library("onnx"), library("onnxruntime")
+    library("onnxscript")
     for model in (OnlyNorm(), network()):
         model.train()(batch(6))
         model.eval()
