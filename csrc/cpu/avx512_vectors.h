@@ -118,6 +118,9 @@ BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
 
+template <>
+constexpr int stored_bytes<bfloat16> = 64;
+
 // Two elements a lane, of which dot products are added up without widening them. Subnormal numbers are zero to them.
 template <>
 constexpr bool has_dot_products<bfloat16> = true;

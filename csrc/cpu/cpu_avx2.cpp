@@ -88,6 +88,8 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_upper_halves(round_to_upper_half(a), round_to_upper_half(b)));
 }
+template <>
+constexpr int stored_bytes<bfloat16> = 32;
 
 // Even and odd elements are already the halves of lanes.
 template <>

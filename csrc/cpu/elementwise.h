@@ -20,15 +20,32 @@ BN_HOST_DEVICE void store_two(E* p, Vec<accumulate_t<E>> a, Vec<accumulate_t<E>>
   store(p + Vec<accumulate_t<E>>::lanes, b);
 }
 
+template <class E>
+constexpr int64_t line_elements = cache_line / static_cast<int64_t>(sizeof(E));
+
 // Whether two vectors hold the even and the odd elements of their run.
 template <class Map, class E>
 constexpr bool is_even_odd = prefers_even_odd<E> && Map::mask == MaskUse::none;
 
 template <class E, int count>
 struct Outputs {
+  static constexpr bool streamed = false;
+
   E* of[count];
 
   BN_HOST_DEVICE bool has(int n) const { return count == 1 || of[n] != nullptr; }
+
+  // How many elements behind a multiple of `aligned` the first of them begins that is there; -1 if not all do so.
+  BN_HOST_DEVICE int64_t skew(int64_t aligned) const {
+    int64_t common = -1;
+    for (int n = 0; n < count; ++n) {
+      if (!has(n)) continue;
+      const int64_t own = static_cast<int64_t>(reinterpret_cast<uintptr_t>(of[n]) / sizeof(E)) % aligned;
+      if (common >= 0 && own != common) return -1;
+      common = own;
+    }
+    return common;
+  }
 
   BN_HOST_DEVICE Outputs at(int64_t offset) const {
     Outputs moved;
@@ -61,6 +78,31 @@ struct Outputs {
   }
 };
 
+// Outputs of which two vectors at a time go past the caches. They begin at multiples of a line then, or where whole
+// registers do.
+template <class E, int count>
+struct StreamedOutputs : Outputs<E, count> {
+  static constexpr bool streamed = true;
+
+  explicit StreamedOutputs(Outputs<E, count> out) : Outputs<E, count>(out) {}
+
+  BN_HOST_DEVICE StreamedOutputs at(int64_t offset) const { return StreamedOutputs(Outputs<E, count>::at(offset)); }
+
+  template <bool even_odd, class A>
+  BN_HOST_DEVICE void store_two_vectors(int64_t offset, const Vec<A>* v, const Vec<A>* next) const {
+    alignas(cache_line) E stored[2 * Vec<A>::lanes];
+    for (int n = 0; n < count; ++n) {
+      if (!this->has(n)) continue;
+      if constexpr (even_odd) {
+        store_even_odd(stored, v[n], next[n]);
+      } else {
+        store_two(stored, v[n], next[n]);
+      }
+      stream<sizeof(stored), stored_bytes<E>>(this->of[n] + offset, stored);
+    }
+  }
+};
+
 // As read_mask. A row's vectors are written from first to last, since several may share a byte.
 template <class Operation, class A>
 BN_HOST_DEVICE void write_mask(uint8_t* row, int64_t at, int64_t some, Flags<A> is_blocked) {
@@ -73,9 +115,9 @@ BN_HOST_DEVICE void write_mask(uint8_t* row, int64_t at, int64_t some, Flags<A> 
   }
 }
 
-template <class Map, class E, class A>
-BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out,
-                               int64_t offset, uint8_t* mask, int64_t at, int64_t some) {
+template <class Map, class E, class Out, class A>
+BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::inputs> in, Out out, int64_t offset,
+                               uint8_t* mask, int64_t at, int64_t some) {
   Vec<A> v[Map::inputs], results[Map::outputs];
   if (some == Vec<A>::lanes) {
     in.load_vectors(offset + at, v);
@@ -90,9 +132,9 @@ BN_HOST_DEVICE void map_vector(const Map& map, const Vec<A>* k, Inputs<E, Map::i
 
 // Two vectors one behind the other, which 16-bit results are narrowed in. If they are even and odd elements, so are the
 // coefficients.
-template <class Map, class E, class A>
+template <class Map, class E, class Out, class A>
 BN_HOST_DEVICE void map_two_vectors(const Map& map, const Vec<A>* k, const Vec<A>* next_k, Inputs<E, Map::inputs> in,
-                                    Outputs<E, Map::outputs> out, int64_t offset, uint8_t* mask, int64_t at) {
+                                    Out out, int64_t offset, uint8_t* mask, int64_t at) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr bool even_odd = is_even_odd<Map, E>;
   Vec<A> v[2][Map::inputs], results[2][Map::outputs];
@@ -107,9 +149,9 @@ BN_HOST_DEVICE void map_two_vectors(const Map& map, const Vec<A>* k, const Vec<A
 }
 
 // One contiguous run of a channel, and its bits of the mask; `whole` as in sum_run.
-template <class Map, int whole, class E, class A = accumulate_t<E>>
-BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask,
-                            int64_t count, const Coefficients<A>& coefficients, int64_t channel) {
+template <class Map, int whole, class E, class Out, class A = accumulate_t<E>>
+BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, uint8_t* mask, int64_t count,
+                            const Coefficients<A>& coefficients, int64_t channel) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int unroll = 4;
   Vec<A> k[Map::coefficients];
@@ -126,12 +168,17 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
     if (count > whole * lanes) map_vector(map, k, in, out, 0, mask, whole * lanes, count - whole * lanes);
     return;
   }
-  if constexpr (sizeof(E) == sizeof(A) && Map::mask == MaskUse::none) {
-    // What follows stores whole lines then. Narrowed vectors are half a line, and gain nothing.
-    const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out.of[0]) / sizeof(E) % lanes);
-    if (skew != 0 && count >= unroll * lanes) {
-      i = lanes - skew;
-      map_vector(map, k, in, out, 0, mask, 0, i);
+  if constexpr (Out::streamed || (sizeof(E) == sizeof(A) && Map::mask == MaskUse::none)) {
+    // What follows stores whole lines then. Narrowed vectors are half a line, and gain nothing unless they are
+    // streamed.
+    const int64_t aligned = Out::streamed ? line_elements<E> : lanes;
+    const int64_t skew = out.skew(aligned);
+    if (skew > 0 && count >= unroll * lanes) {
+      for (const int64_t head = min(count, aligned - skew); i < head;) {
+        const int64_t some = min(lanes, head - i);
+        map_vector(map, k, in, out, 0, mask, i, some);
+        i += some;
+      }
     }
   }
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
@@ -143,9 +190,9 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Outputs<E
 
 // A run of `count` in each of the channels, which are `pitch` elements and `mask_pitch` bytes of the mask apart. All
 // arguments are values: what is behind a reference would be read again after each store.
-template <class Map, class E, class A>
-inline void map_runs(Map map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, int64_t count,
-                     int64_t pitch, int64_t mask_pitch, Range channels, Coefficients<A> coefficients) {
+template <class Map, class E, class Out, class A>
+inline void map_runs(Map map, Inputs<E, Map::inputs> in, Out out, uint8_t* mask, int64_t count, int64_t pitch,
+                     int64_t mask_pitch, Range channels, Coefficients<A> coefficients) {
   const auto walk = [&](auto whole) {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       map_run<Map, decltype(whole)::value>(map, in, out, mask, count, coefficients, c);
@@ -154,16 +201,18 @@ inline void map_runs(Map map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs
       mask = move_mask<Map>(mask, mask_pitch);
     }
   };
-  if (!Map::heavy && count < 4 * Vec<A>::lanes) return with_constant(count / Vec<A>::lanes, walk);
+  if constexpr (!Map::heavy && !Out::streamed) {
+    if (count < 4 * Vec<A>::lanes) return with_constant(count / Vec<A>::lanes, walk);
+  }
   walk(Constant<-1>{});
 }
 
 // `rows` rows of `wide` vectors of columns, whose coefficients stay in registers meanwhile. Rows of the tensors are
 // `pitch` elements apart, and of the mask `mask_pitch` bytes. Of a single vector, only the first `some` columns may be
 // there.
-template <class Map, int wide, class E, class A>
-BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t rows,
-                             int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
+template <class Map, int wide, class E, class Out, class A>
+BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Out out, int64_t rows, int64_t pitch,
+                             uint8_t* mask, int64_t mask_pitch, int64_t column, int64_t some,
                              const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
   Vec<A> k[wide][Map::coefficients];
@@ -186,9 +235,9 @@ BN_HOST_DEVICE void map_tile(const Map& map, Inputs<E, Map::inputs> in, Outputs<
 }
 
 // `rows` rows, `tile_rows` of them at a time.
-template <class Map, class E, class A = accumulate_t<E>>
-BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, int64_t rows,
-                              int64_t tile_rows, int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t columns,
+template <class Map, class E, class Out, class A = accumulate_t<E>>
+BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Out out, int64_t rows, int64_t tile_rows,
+                              int64_t pitch, uint8_t* mask, int64_t mask_pitch, int64_t columns,
                               const Coefficients<A>& coefficients) {
   constexpr int64_t lanes = Vec<A>::lanes;
   constexpr int wide = Map::heavy ? 1 : Map::coefficients > 4 ? 2 : 4;
@@ -209,12 +258,12 @@ BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Outputs
   }
 }
 
-// Collects results in the first-level cache and writes them past the caches in whole lines. Little is collected at a
-// time: memory is then read and written at once, which is what makes it fast.
+// Collects results of short runs in the first-level cache and writes them past the caches in whole lines. Little is
+// collected at a time: memory is then read and written at once, which is what makes it fast.
 template <class E>
 class LineWriter {
  public:
-  static constexpr int64_t line = cache_line / static_cast<int64_t>(sizeof(E));
+  static constexpr int64_t line = line_elements<E>;
   static constexpr int64_t piece = 16 * line;  // the most elements that may be added at once
 
   void start(E* out) {
@@ -248,7 +297,7 @@ class LineWriter {
       skipped_ = 0;
       at = line;
     }
-    for (; at + line <= filled_; at += line) stream_line(out_ + at, lines_ + at);
+    for (; at + line <= filled_; at += line) stream<cache_line>(out_ + at, lines_ + at);
     copy(lines_, lines_ + at, line);
     out_ += at;
     filled_ -= at;
@@ -313,6 +362,23 @@ inline void for_each_chunk(const Shape& shape, bool backwards, Range samples, in
   }
 }
 
+// Runs as long as this are streamed as they are computed, but for the lines that they begin and end in.
+constexpr int64_t shortest_streamed_run = 2 << 10;
+
+// How results get to memory.
+enum class Writes { cached, streamed, collected };
+
+// Of runs that lie `pitch` elements apart. Those that are not `long_runs` must begin at lines to be streamed, and where
+// there is a mask, all must: its bits are those of vectors from a run's beginning.
+template <class Map, class E>
+inline Writes writes(bool stream, const Outputs<E, Map::outputs>& out, int64_t pitch, bool long_runs) {
+  if (!stream) return Writes::cached;
+  const int64_t skew = out.skew(line_elements<E>);
+  const bool at_lines = skew == 0 && pitch % line_elements<E> == 0;
+  const bool anywhere = skew >= 0 && long_runs && Map::mask == MaskUse::none;
+  return !Map::heavy && (at_lines || anywhere) ? Writes::streamed : Writes::collected;
+}
+
 template <class Map, class E, class A>
 BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool backwards, bool stream,
                                 Inputs<E, Map::inputs> in, Outputs<E, Map::outputs> out, uint8_t* mask, Range channels,
@@ -322,16 +388,27 @@ BN_CPU_NOINLINE void map_planes(const Map& map, const Shape& shape, bool backwar
   const int64_t sample_bytes = channels.size() * static_cast<int64_t>(sizeof(E));
   const int64_t unit = shape.inner <= longest_whole_plane ? shape.inner : 4096;
   const int64_t mask_row = mask_row_bytes(shape.inner);
+  const bool long_runs = shape.inner * static_cast<int64_t>(sizeof(E)) >= shortest_streamed_run;
+  const Writes how = writes<Map>(stream, out, shape.inner, long_runs);
   for_each_chunk(shape, backwards, samples, sample_bytes, unit, [&](Range chunk) {
     for (int64_t sample = chunk.begin; sample < chunk.end;) {
       const int64_t outer = sample / shape.inner, inner = sample % shape.inner;
       const int64_t count = min(shape.inner - inner, chunk.end - sample);
       sample += count;
-      if (!stream) {
+      const auto map_all = [&](auto to) {
         const int64_t plane = outer * shape.channels + channels.begin, at = plane * shape.inner + inner;
-        map_runs(map, in.at(at), out.at(at), move_mask<Map>(mask, plane * mask_row + inner / 8), count, shape.inner,
+        map_runs(map, in.at(at), to.at(at), move_mask<Map>(mask, plane * mask_row + inner / 8), count, shape.inner,
                  mask_row, channels, coefficients);
+      };
+      if (how == Writes::cached) {
+        map_all(out);
         continue;
+      }
+      if constexpr (!Map::heavy) {
+        if (how == Writes::streamed) {
+          map_all(StreamedOutputs<E, Map::outputs>(out));
+          continue;
+        }
       }
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const int64_t plane = outer * shape.channels + c, at = plane * shape.inner + inner;
@@ -371,6 +448,7 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const bool converted = sizeof(E) != sizeof(A);
   const bool in_order = pitch_bytes >= 512 && (moved_bytes > held_bytes || (pitch_bytes >= 1024 && !converted));
   const int64_t tile_rows = in_order ? 1 : together;
+  const Writes how = writes<Map>(stream, out.at(channels.begin * shape.inner), pitch, false);
   LineWriters<E, Map::outputs> writers;
   for_each_chunk(shape, backwards, samples, sample_bytes, shape.inner * repeat, [&](Range chunk) {
     const int64_t begin = chunk.begin / shape.inner, rows = chunk.size() / shape.inner;
@@ -379,13 +457,17 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
     const auto bits_of = [&](int64_t row, int64_t column) {
       return move_mask<Map>(mask, (begin / repeat + row) * mask_pitch + (channels.begin * shape.inner + column) / 8);
     };
-    if (!stream) {
-      map_rows(map, in.at(base), out.at(base), whole, tile_rows, pitch, bits_of(0, 0), mask_pitch, columns, per_column);
+    const auto map_all = [&](auto to, int64_t rows_of_tile) {
+      map_rows(map, in.at(base), to.at(base), whole, rows_of_tile, pitch, bits_of(0, 0), mask_pitch, columns,
+               per_column);
       if (rest > 0) {
         const int64_t at = base + whole * pitch;
         map_rows(map, in.at(at), out.at(at), 1, 1, pitch, bits_of(whole, 0), mask_pitch, rest, per_column);
       }
-      return;
+    };
+    if (how == Writes::cached) return map_all(out, tile_rows);
+    if constexpr (!Map::heavy) {
+      if (how == Writes::streamed) return map_all(StreamedOutputs<E, Map::outputs>(out), 1);
     }
     for (int64_t row = 0; row < whole + (rest > 0 ? 1 : 0); ++row) {
       const int64_t at = base + row * pitch, width = row < whole ? columns : rest;

@@ -229,6 +229,10 @@ constexpr bool has_dot_products = false;
 template <class E>
 constexpr bool prefers_even_odd = false;
 
+// What an instruction set stores of two vectors of E at once, in bytes.
+template <class E>
+constexpr int stored_bytes = static_cast<int>(Vec<accumulate_t<E>>::lanes * sizeof(E));
+
 // Pairwise: half the lanes are added to the other half until one is left.
 template <class A, int count>
 BN_HOST_DEVICE A sum_of_native(typename NativeVector<A, count>::type v) {
@@ -329,15 +333,35 @@ BN_HOST_DEVICE Vec<A> logarithm_of_one_plus(Vec<A> a) {
 
 constexpr int64_t cache_line = 64;
 
-// Copies one line past the caches, so that memory is not read before it is written. Both ends begin a line.
-BN_HOST_DEVICE void stream_line(void* to, const void* from) {
+// Copies `bytes` past the caches, by registers of `at_once` bytes, so that memory is not read before it is written.
+// `to` begins at a multiple of the registers.
+template <int bytes, int at_once = BN_CPU_VECTOR_BYTES>
+BN_HOST_DEVICE void stream(void* to, const void* from) {
 #if defined(__SSE2__)
-  for (int i = 0; i < cache_line; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-                     _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
+  char* const dst = static_cast<char*>(to);
+  const char* const src = static_cast<const char*>(from);
+#if BN_CPU_VECTOR_BYTES >= 64
+  if constexpr (at_once >= 64) {
+    for (int i = 0; i < bytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
+    }
+    return;
+  }
+#endif
+#if BN_CPU_VECTOR_BYTES >= 32
+  if constexpr (at_once >= 32) {
+    for (int i = 0; i < bytes; i += 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < bytes; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
   }
 #else
-  __builtin_memcpy(to, from, cache_line);
+  __builtin_memcpy(to, from, bytes);
 #endif
 }
 
