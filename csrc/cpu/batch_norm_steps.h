@@ -163,10 +163,12 @@ template <class Sums, class Finalize, class Map>
 inline void run_steps(const Shape& shape, const Blocking& blocking, const Threads& threads, Steps steps,
                       const Sums& sums, const Finalize& finalize, const Map& map) {
   const Range all_channels{0, shape.channels}, all_samples{0, shape.samples()};
-  if (!blocking.split_samples) {
+  const auto for_own_blocks = [&](int64_t task, const auto& action) {
+    for_each_block(split(shape.channels, blocking.channel_unit, blocking.tasks, task), blocking.block_channels, action);
+  };
+  if (!blocking.split_results) {
     parallel(threads, blocking.tasks, [&](int64_t task) {
-      const Range own = split(shape.channels, blocking.unit, blocking.tasks, task);
-      for_each_block(own, blocking.block_channels, [&](Range block) {
+      for_own_blocks(task, [&](Range block) {
         if (steps.sums) sums(block, all_samples, 0);
         finalize(block, 0);
         if (steps.map) map(block, all_samples, 0);
@@ -174,23 +176,33 @@ inline void run_steps(const Shape& shape, const Blocking& blocking, const Thread
     });
     return;
   }
-  if (steps.sums) {
-    parallel(threads, blocking.tasks, [&](int64_t task) {
-      for_each_block(all_channels, blocking.block_channels,
-                     [&](Range block) { sums(block, own_samples(shape, blocking, task), task); });
-    });
-  }
   const bool copied = coefficient_copies(shape, blocking, steps) > 1;
-  if (!copied) {
-    const int64_t merges = shape.channels * (steps.sums ? blocking.tasks : 1);
-    const int64_t tasks = max(1, min(blocking.tasks, 2 * merges / merges_worth_sharing));
-    parallel(threads, tasks, [&](int64_t task) { finalize(split(shape.channels, cache_line, tasks, task), 0); });
+  if (!blocking.split_samples) {
+    parallel(threads, blocking.tasks, [&](int64_t task) {
+      for_own_blocks(task, [&](Range block) {
+        sums(block, all_samples, 0);
+        finalize(block, 0);
+      });
+    });
+  } else {
+    if (steps.sums) {
+      parallel(threads, blocking.tasks, [&](int64_t task) {
+        for_each_block(all_channels, blocking.block_channels,
+                       [&](Range block) { sums(block, own_samples(shape, blocking, task), task); });
+      });
+    }
+    if (!copied) {
+      const int64_t merges = shape.channels * (steps.sums ? blocking.tasks : 1);
+      const int64_t tasks = max(1, min(blocking.tasks, 2 * merges / merges_worth_sharing));
+      parallel(threads, tasks,
+               [&](int64_t task) { finalize(split(shape.channels, blocking.channel_unit, tasks, task), 0); });
+    }
   }
   if (!steps.map) return;
   parallel(threads, blocking.tasks, [&](int64_t task) {
     const int64_t copy = copied ? task : 0;
     if (copied) finalize(all_channels, copy);
-    for_each_block(all_channels, blocking.block_channels,
+    for_each_block(all_channels, blocking.result_channels,
                    [&](Range block) { map(block, own_samples(shape, blocking, task), copy); });
   });
 }

@@ -17,6 +17,7 @@ constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to b
 // what that takes: the coefficients of each column, and adding up the columns of each channel.
 constexpr int64_t shortest_plane = 64, rows_for_planes = 16;
 constexpr int64_t rows_for_two_vectors = 4;  // the same below two vectors
+constexpr int64_t page = 4 << 10;            // cores fetch the lines behind those they use, but not across pages
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -31,7 +32,7 @@ Range split(int64_t size, int64_t unit, int64_t tasks, int64_t task) {
 }
 
 Range own_samples(const Shape& shape, const Blocking& blocking, int64_t task) {
-  const Range share = split(shape.samples(), blocking.unit, blocking.tasks, task);
+  const Range share = split(shape.samples(), blocking.sample_unit, blocking.tasks, task);
   const int64_t last = shape.samples();
   return {byte_boundary(shape, share.begin), share.end == last ? last : byte_boundary(shape, share.end)};
 }
@@ -66,7 +67,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   blocking.columns = shape.inner < shortest;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
   // What is read once has room beside what is written; what is read again should not be pushed out.
-  const int64_t cached = (traffic.sums_first ? 2 : 4) * shared_cache;
+  const int64_t cached = (traffic.sums_first ? 2 : 3) * shared_cache;
   blocking.backwards = traffic.sums_first;
   blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 
@@ -98,26 +99,33 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   blocking.split_samples = traffic.sums_first ? !(balanced && long_runs && resident) : !(balanced && few_samples);
   // Rows with bits left over have theirs seen in one way only, which is that of shared samples.
   if (blocking.columns && traffic.masked && !whole_bytes) blocking.split_samples = true;
+  blocking.repeat = 1;
+  blocking.result_channels = std::min(widest, shape.channels);
+  if (blocking.columns && traffic.masked && widest < shape.channels) blocking.result_channels -= widest % 8;
   if (!blocking.split_samples) {
-    blocking.repeat = 1;
     blocking.tasks = std::min(tasks, ceil_div(shape.channels, unit));
-    blocking.unit = unit;
+    blocking.channel_unit = unit;
+    blocking.sample_unit = shape.inner;
     blocking.block_channels = block;
+    // Where parts of rows end within a page, what one core fetches ahead are lines that another is writing. Sums only
+    // read, and results read again what the caches hold.
+    blocking.split_results = blocking.columns && traffic.sums_first && blocking.tasks > 1 && share * run_bytes < page &&
+                             share * channel_bytes <= private_cache && tensor_bytes > parallel_bytes;
     return blocking;
   }
 
   // The whole row is walked at once, so a few rows of few channels may be seen as one row of whole vectors.
-  blocking.repeat = 1;
-  blocking.block_channels = std::min(widest, shape.channels);
-  if (blocking.columns && traffic.masked && widest < shape.channels) blocking.block_channels -= widest % 8;
+  blocking.split_results = true;
+  blocking.block_channels = blocking.result_channels;
   if (blocking.columns && blocking.block_channels == shape.channels) {
     const int64_t period = lanes / std::gcd(row_elements, lanes);
     if (period * row_elements <= max_columns / 2) blocking.repeat = period;
     while (blocking.repeat * row_elements < 64 && blocking.repeat * 16 < shape.outer) blocking.repeat *= 2;
   }
   const bool whole_rows = blocking.columns || shape.outer >= 4 * tasks;
-  blocking.unit = whole_rows ? shape.inner * blocking.repeat : cache_line;
-  blocking.tasks = std::min(tasks, ceil_div(shape.samples(), blocking.unit));
+  blocking.channel_unit = cache_line;
+  blocking.sample_unit = whole_rows ? shape.inner * blocking.repeat : cache_line;
+  blocking.tasks = std::min(tasks, ceil_div(shape.samples(), blocking.sample_unit));
   return blocking;
 }
 

@@ -29,19 +29,21 @@ constexpr int64_t mask_row_bytes(int64_t elements) {
 //   planes:  each channel is a run of `inner` elements, and vectors run along it
 //   columns: the tensor is a matrix whose rows are `repeat` times [channels][inner], and vectors run across channels;
 //            repeat > 1, a power of two, makes the row of a few channels a whole number of vectors
-// Tasks own whole channels, or, when split_samples, a share of the samples of all channels.
+// Tasks own whole channels, or, when split_samples, a share of the samples of all channels. When split_results, results
+// are by samples also where sums are by channels.
 struct Blocking {
   bool columns;
   int64_t repeat;
-  bool split_samples;
+  bool split_samples, split_results;
   int64_t tasks;
-  int64_t unit;            // task boundaries are multiples of this many channels, or samples
-  int64_t block_channels;  // channels that a task takes through all steps at once
-  bool stream;             // write past the caches
-  bool backwards;          // results from the last samples to the first: what was summed last is still in the cache
+  int64_t channel_unit, sample_unit;  // task boundaries are multiples of this many
+  int64_t block_channels;             // channels that a task takes through all steps, or sums, at once
+  int64_t result_channels;            // and when split_results, of which it computes results
+  bool stream;                        // write past the caches
+  bool backwards;  // results from the last samples to the first: what was summed last is still in the cache
 };
 
-// The samples of task `task`, if tasks share the samples.
+// The samples of task `task`, where tasks share the samples.
 Range own_samples(const Shape& shape, const Blocking& blocking, int64_t task);
 
 // Bytes of the mask that are used; mask_bytes(shape) at most.
@@ -56,7 +58,7 @@ MaskBit mask_bit(const Shape& shape, const Blocking& blocking, int64_t outer, in
 // The most channels of a block in the planes view, and columns of a block in the columns view: what fits beside the
 // data in the first-level cache.
 constexpr int64_t max_block_channels = 128;
-constexpr int64_t max_columns = 2048;
+constexpr int64_t max_columns = 1024;
 
 // What a call does with tensors of one shape: how many it reads, whether it sums over the samples of a channel, whether
 // the sums must be complete before it reads again; how many more it reads only then, how many it writes, and of these,

@@ -312,6 +312,8 @@ const Shape shapes[] = {
     {1500, 20, 1},   // several rows to a whole vector
     {700, 65, 1},    // a vector and a rest in each row
     {40, 2500, 1},   // more columns than a block
+    {196, 256, 1},   // sums by channels, results by samples
+    {30, 60, 20},    // the same with several columns a channel
     {3000, 130, 1},  // more rows than a sum
     {2, 3, 1},       // fewer rows than are taken at once
 };
@@ -619,6 +621,7 @@ const Shape mask_shapes[] = {
     {20, 24, 49},    // planes of no whole bytes, seen as columns that are
     {9, 1030, 3},    // more columns than a block, and no whole bytes
     {300, 2056, 1},  // blocks of channels owned by tasks
+    {100, 520, 1},   // sums by channels, results by samples
     {2, 5, 1003},    // planes of no whole bytes
 };
 
@@ -725,7 +728,7 @@ void test_masks_agree() {
         const cpu::MaskBit b = cpu::mask_bit(shape, seen[0], outer, channel, inner);
         same = same && a.byte == b.byte && a.shift == b.shift && a.byte < cpu::used_mask_bytes(shape, blocking);
       }
-      for (int64_t task = 0; task < blocking.tasks && blocking.split_samples; ++task) {
+      for (int64_t task = 0; task < blocking.tasks && blocking.split_results; ++task) {
         const int64_t begin = cpu::own_samples(shape, blocking, task).begin;
         const cpu::MaskBit first = cpu::mask_bit(shape, blocking, begin / shape.inner, 0, begin % shape.inner);
         whole = whole && first.shift == 0;
@@ -733,11 +736,14 @@ void test_masks_agree() {
       for (int64_t c = 0; c < shape.channels; c += blocking.block_channels) {
         whole = whole && cpu::mask_bit(shape, blocking, 0, c, 0).shift == 0;
       }
+      for (int64_t c = 0; c < shape.channels && blocking.split_results; c += blocking.result_channels) {
+        whole = whole && cpu::mask_bit(shape, blocking, 0, c, 0).shift == 0;
+      }
       for (int64_t task = 0; task < blocking.tasks && !blocking.split_samples; ++task) {
-        const int64_t begin = cpu::split(shape.channels, blocking.unit, blocking.tasks, task).begin;
+        const int64_t begin = cpu::split(shape.channels, blocking.channel_unit, blocking.tasks, task).begin;
         whole = whole && (begin == shape.channels || cpu::mask_bit(shape, blocking, 0, begin, 0).shift == 0);
-        whole = whole && (blocking.block_channels % blocking.unit == 0 || blocking.block_channels >= shape.channels ||
-                          !blocking.columns);
+        whole = whole && (blocking.block_channels % blocking.channel_unit == 0 ||
+                          blocking.block_channels >= shape.channels || !blocking.columns);
       }
     }
     check(same && whole, "mask of [" + std::to_string(shape.outer) + "][" + std::to_string(shape.channels) + "][" +
@@ -749,8 +755,8 @@ void test_masks_agree() {
 // A result larger than what is written through the caches.
 template <class E>
 void test_streamed() {
-  for (const Shape& shape :
-       {Shape{64, 20, 7000}, Shape{8, 1000, 1100}, Shape{500000, 19, 1}, Shape{4500, 2040, 1}, Shape{900, 512, 20}}) {
+  for (const Shape& shape : {Shape{64, 20, 7000}, Shape{64, 20, 7168}, Shape{8, 1000, 1100}, Shape{500000, 19, 1},
+                             Shape{4500, 2040, 1}, Shape{4500, 2048, 1}, Shape{900, 512, 20}}) {
     Case<E> c(shape);
     const Forward<E> saved = c.forward(2, true);
     check_forward(c, saved, true, 0.1, c.name() + " streamed");
