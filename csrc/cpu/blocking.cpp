@@ -66,8 +66,10 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
                                                                   : lanes;
   blocking.columns = shape.inner < shortest;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
-  // What is read once has room beside what is written; what is read again should not be pushed out.
-  const int64_t cached = (traffic.sums_first ? 2 : 3) * shared_cache;
+  // What is read once has room beside what is written; what is read again should not be pushed out, least of all if it
+  // is more than what is written.
+  const int64_t half_caches = !traffic.sums_first ? 6 : traffic.inputs + traffic.late_inputs > traffic.outputs ? 3 : 4;
+  const int64_t cached = half_caches * shared_cache / 2;
   blocking.backwards = traffic.sums_first;
   blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 

@@ -13,15 +13,15 @@
 
 namespace batchnorm_ext::cpu::BN_CPU_ISA {
 
+template <class E>
+constexpr int64_t line_elements = cache_line / static_cast<int64_t>(sizeof(E));
+
 // Two vectors one behind the other. Instruction sets may overload it.
 template <class E>
 BN_HOST_DEVICE void store_two(E* p, Vec<accumulate_t<E>> a, Vec<accumulate_t<E>> b) {
   store(p, a);
   store(p + Vec<accumulate_t<E>>::lanes, b);
 }
-
-template <class E>
-constexpr int64_t line_elements = cache_line / static_cast<int64_t>(sizeof(E));
 
 // Whether two vectors hold the even and the odd elements of their run.
 template <class Map, class E>
@@ -87,6 +87,20 @@ struct StreamedOutputs : Outputs<E, count> {
   explicit StreamedOutputs(Outputs<E, count> out) : Outputs<E, count>(out) {}
 
   BN_HOST_DEVICE StreamedOutputs at(int64_t offset) const { return StreamedOutputs(Outputs<E, count>::at(offset)); }
+
+  // A vector that is a whole line is streamed too: a store through the caches in between costs more than both.
+  template <class A>
+  BN_HOST_DEVICE void store_vectors(int64_t offset, int64_t some, const Vec<A>* v) const {
+    if constexpr (sizeof(E) * Vec<A>::lanes == cache_line) {
+      if (some == Vec<A>::lanes && this->at(offset).skew(line_elements<E>) == 0) {
+        for (int n = 0; n < count; ++n) {
+          if (this->has(n)) stream<cache_line>(this->of[n] + offset, &v[n]);
+        }
+        return;
+      }
+    }
+    Outputs<E, count>::store_vectors(offset, some, v);
+  }
 
   template <bool even_odd, class A>
   BN_HOST_DEVICE void store_two_vectors(int64_t offset, const Vec<A>* v, const Vec<A>* next) const {
@@ -184,6 +198,9 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, 
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
     for (int u = 0; u < unroll; u += 2) map_two_vectors(map, k, k, in, out, 0, mask, i + u * lanes);
   }
+  if constexpr (Out::streamed) {
+    for (; i + 2 * lanes <= count; i += 2 * lanes) map_two_vectors(map, k, k, in, out, 0, mask, i);
+  }
   for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
   if (i < count) map_vector(map, k, in, out, 0, mask, i, count - i);
 }
@@ -250,6 +267,11 @@ BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Out out
     if constexpr (wide > 1) {
       for (; j + wide * lanes <= columns; j += wide * lanes) {
         map_tile<Map, wide>(map, from, to, together, pitch, bits, mask_pitch, j, lanes, coefficients);
+      }
+    }
+    if constexpr (wide > 2 && Out::streamed) {
+      for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+        map_tile<Map, 2>(map, from, to, together, pitch, bits, mask_pitch, j, lanes, coefficients);
       }
     }
     for (; j < columns; j += lanes) {
@@ -363,7 +385,7 @@ inline void for_each_chunk(const Shape& shape, bool backwards, Range samples, in
 }
 
 // Runs as long as this are streamed as they are computed, but for the lines that they begin and end in.
-constexpr int64_t shortest_streamed_run = 2 << 10;
+constexpr int64_t shortest_streamed_run = 8 << 10;
 
 // How results get to memory.
 enum class Writes { cached, streamed, collected };
