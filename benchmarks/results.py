@@ -186,8 +186,15 @@ def commit() -> str:
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+    def entry(key: str) -> str:
+        found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1).strip() if found else ""
+
+    name = entry("model name") or platform.processor() or platform.machine()
+    family, model = entry("cpu family"), entry("model")
+    # Virtual machines name generations of a processor alike.
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _gpu_state() -> dict[str, str]:
