@@ -10,6 +10,9 @@ namespace {
 constexpr int64_t cache_line = 64;
 constexpr int64_t private_cache = 512 << 10;  // half of a 1 MB second-level cache
 constexpr int64_t shared_cache = 16 << 20;    // half of a 32 MB third-level cache
+// What a call may move before results are better written past a third-level cache of 32 MB: what is read once has room
+// beside them, what is read again should not be pushed out, least of all several tensors.
+constexpr int64_t held_once = 48 << 20, held_input = 27 << 20, held_inputs = 24 << 20;
 // Contiguous bytes below which a block is read slower than it saves: from a core's own cache, and from beyond.
 constexpr int64_t shortest_near_run = 256, shortest_run = 2 << 10;
 constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to be worth a thread
@@ -66,10 +69,8 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
                                                                   : lanes;
   blocking.columns = shape.inner < shortest;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
-  // What is read once has room beside what is written; what is read again should not be pushed out, least of all if it
-  // is more than what is written.
-  const int64_t half_caches = !traffic.sums_first ? 6 : traffic.inputs + traffic.late_inputs > traffic.outputs ? 3 : 4;
-  const int64_t cached = half_caches * shared_cache / 2;
+  const bool reads_more = traffic.inputs + traffic.late_inputs > traffic.outputs;
+  const int64_t cached = !traffic.sums_first ? held_once : reads_more ? held_inputs : held_input;
   blocking.backwards = traffic.sums_first;
   blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 
