@@ -70,8 +70,8 @@ $(LATEST_VENV)/requirements.stamp: requirements/test.txt requirements/integratio
 	@touch $@
 
 $(LATEST_VENV)/installed.stamp: $(LATEST_VENV)/requirements.stamp $(PACKAGE)
-	@echo "compiling batchnorm_ext for torch $(LATEST_TORCH)"
-	@FORCE_ONLY_CPU=1 $(LATEST_BIN)/python $(INSTALL)
+	@echo "compiling batchnorm_ext for torch $(LATEST_TORCH) and CUDA, architecture $(CUDA_ARCH)"
+	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) $(LATEST_BIN)/python $(INSTALL)
 	@touch $@
 
 # ---- what they are for --------------------------------------------------------------------------
@@ -97,7 +97,7 @@ cuda: $(CUDA_VENV)/installed.stamp
 	BATCHNORM_EXT_BACKEND=prebuilt $(CUDA_BIN)/pytest tests -m "not slow"
 
 latest: $(LATEST_VENV)/installed.stamp
-	BATCHNORM_EXT_BACKEND=prebuilt FORCE_ONLY_CPU=1 REQUIRE_LIBRARIES=1 $(LATEST_BIN)/pytest tests -m "not slow"
+	BATCHNORM_EXT_BACKEND=prebuilt REQUIRE_LIBRARIES=1 $(LATEST_BIN)/pytest tests -m "not slow"
 
 cuda-check:
 	$(MAKE) --no-print-directory -C tests/native cuda-check PYTHON=$(PYTHON)
