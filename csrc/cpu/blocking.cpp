@@ -110,7 +110,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
     blocking.channel_unit = unit;
     blocking.sample_unit = shape.inner;
     blocking.block_channels = block;
-    // Where parts of rows end within a page, what one core fetches ahead are lines that another is writing. Sums only
+    // Where parts of rows end within a page, one core is supposed to fetch ahead what another is writing. Sums only
     // read, and results read again what the caches hold.
     blocking.split_results = traffic.sums_first && blocking.tasks > 1 && share * run_bytes < page &&
                              share * channel_bytes <= private_cache && tensor_bytes > parallel_bytes;
