@@ -33,23 +33,10 @@ except ImportError as error:
 
 description = load_build_description()
 toolkit, why_cpu = description.choose_toolkit()
-if why_cpu:
-    warnings.warn(f"building batchnorm_ext for the CPU only: {why_cpu}", stacklevel=1)
-build = description.describe(toolkit)
-os.environ.update(build.environment)
-cpp_extension = description.torch_extension_tools(build)
 
 # Objects built against one torch are of no use to another.
 base = Path("build") / f"torch-{torch.__version__}"
 generated = ROOT / base / "generated"
-
-if "pip-build-env" in torch.__file__:
-    print(
-        f"batchnorm_ext: building against torch {torch.__version__} of pip's isolated environment. "
-        "If yours is another, the module will be compiled again at first use; "
-        "pip install --no-build-isolation . builds against yours.",
-        file=sys.stderr,
-    )
 
 
 class BuildPython(build_py):
@@ -61,31 +48,57 @@ class BuildPython(build_py):
         super().run()
 
 
-class BuildNative(cpp_extension.BuildExtension):
-    """Leaves the stamp beside the module it built."""
+def native_module():
+    """What setuptools is told of the native module; nothing where none can be built.
 
-    def run(self):
-        build.generate(generated)
-        super().run()
-        module = Path(self.get_ext_fullpath("batchnorm_ext._C"))
-        description.write_stamp(module.with_name("_C.json"), build.stamp)
+    The package then serves all calls with plain PyTorch, which it says at its first one.
+    """
+    try:
+        build = description.describe(toolkit)
+        description.require_compiler()
+    except description.CompilerUnavailable as error:
+        if description.is_set("FORCE_CUDA"):
+            raise SystemExit(f"batchnorm_ext: FORCE_CUDA is set, but {error}") from None
+        warnings.warn(f"installing batchnorm_ext without native module: {error}", stacklevel=1)
+        return {"cmdclass": {"build_py": BuildPython}}
+    if why_cpu:
+        warnings.warn(f"building batchnorm_ext for the CPU only: {why_cpu}", stacklevel=1)
+    if "pip-build-env" in torch.__file__:
+        print(
+            f"batchnorm_ext: building against torch {torch.__version__} of pip's isolated environment. "
+            "If yours is another, the module will be compiled again at first use; "
+            "pip install --no-build-isolation . builds against yours.",
+            file=sys.stderr,
+        )
+    os.environ.update(build.environment)
+    cpp_extension = description.torch_extension_tools(build)
+
+    class BuildNative(cpp_extension.BuildExtension):
+        """Leaves the stamp beside the module it built."""
+
+        def run(self):
+            build.generate(generated)
+            super().run()
+            module = Path(self.get_ext_fullpath("batchnorm_ext._C"))
+            description.write_stamp(module.with_name("_C.json"), build.stamp)
+
+    extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
+    module = extension(
+        "batchnorm_ext._C",
+        [path.relative_to(ROOT).as_posix() for path in build.sources],
+        include_dirs=[str(generated), *map(str, build.include_dirs)],
+        library_dirs=[str(generated)],
+        define_macros=build.macros,
+        extra_compile_args={"cxx": build.cxx_flags, "nvcc": build.nvcc_flags},
+        extra_link_args=build.link_flags,
+    )
+    commands = {"build_py": BuildPython, "build_ext": BuildNative}
+    return {"ext_modules": [module], "cmdclass": commands}
 
 
-extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
 setup(
     # Here, since pyproject.toml cannot say it in a way that both old and new setuptools accept.
     license="MIT",
-    ext_modules=[
-        extension(
-            "batchnorm_ext._C",
-            [path.relative_to(ROOT).as_posix() for path in build.sources],
-            include_dirs=[str(generated), *map(str, build.include_dirs)],
-            library_dirs=[str(generated)],
-            define_macros=build.macros,
-            extra_compile_args={"cxx": build.cxx_flags, "nvcc": build.nvcc_flags},
-            extra_link_args=build.link_flags,
-        )
-    ],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
     options={"build": {"build_base": str(base)}},
+    **native_module(),
 )

@@ -40,6 +40,10 @@ class CudaUnavailable(RuntimeError):
     """A CUDA build is not possible here; the text says why and what to do."""
 
 
+class CompilerUnavailable(RuntimeError):
+    """No build is possible here; the text says why and what to do."""
+
+
 class Toolkit(NamedTuple):
     """A CUDA toolkit: the folder that holds ``bin/nvcc``, and its version."""
 
@@ -150,6 +154,26 @@ def is_set(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() not in {"", "0", "no", "off", "false"}
 
 
+def require_compiler() -> None:
+    """Name what is missing for any build, before a compiler does so in its own words.
+
+    Raises
+    ------
+    CompilerUnavailable
+        There is no compiler, or no Python.h.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        raise CompilerUnavailable(
+            f"there is no C++ compiler {compiler[0]} (fix: install g++ or clang++, or set CXX)"
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise CompilerUnavailable(
+            "Python's headers are missing "
+            "(fix: install python3-dev, or python3-devel, of this Python's version)"
+        )
+
+
 def find_toolkit() -> Toolkit:
     """Find nvcc: in ``CUDA_HOME`` or ``CUDA_PATH``, else on the path, else where it usually is.
 
@@ -160,12 +184,11 @@ def find_toolkit() -> Toolkit:
     CudaUnavailable
         There is none.
     """
-    nvcc_name = "nvcc.exe" if os.name == "nt" else "nvcc"
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
-            if not (Path(home) / "bin" / nvcc_name).exists():
+            if not (Path(home) / "bin/nvcc").exists():
                 raise CudaUnavailable(
-                    f"{variable}={home} has no bin/{nvcc_name}; set it to a CUDA toolkit, or not"
+                    f"{variable}={home} has no bin/nvcc; set it to a CUDA toolkit, or not"
                 )
             return _toolkit_at(Path(home))
     homes = []
@@ -173,7 +196,7 @@ def find_toolkit() -> Toolkit:
         homes += [_home_by_nvcc(on_path), Path(on_path).resolve().parent.parent]
     homes += [USUAL_HOME, *(folder.parent for folder in _pip_folders("include"))]
     for candidate in homes:
-        if candidate and (candidate / "bin" / nvcc_name).exists():
+        if candidate and (candidate / "bin/nvcc").exists():
             return _toolkit_at(candidate)
     raise CudaUnavailable(
         "nvcc was not found: install the CUDA toolkit that torch was built with, and put nvcc on "
@@ -265,30 +288,41 @@ def job_count(available_gib: float | None = None) -> int:
 
 
 def describe(toolkit: Toolkit | None) -> Build:
-    """Describe the CUDA build with this toolkit, or the CPU build where it is None."""
+    """Describe the CUDA build with this toolkit, or the CPU build where it is None.
+
+    Raises
+    ------
+    CompilerUnavailable
+        On Windows, where torch builds extensions with the one compiler that cannot do it.
+    """
     import torch
+
+    if os.name == "nt":
+        raise CompilerUnavailable(
+            "the kernels are written in the vector types of GCC and Clang, and on Windows torch "
+            "builds extensions with neither"
+        )
 
     debug = is_set("DEBUG")
     arch_list = choose_architectures(toolkit) if toolkit else ""
-    if os.name == "nt":
-        cxx = ["/Od", "/Zi"] if debug else ["/O2"]
-        cxx += ["/openmp", "/fp:precise"]
-        host: list[str] = []
-        link = ["/DEBUG"] if debug else []
+    # Python's own flags may ask for debug information, which doubles the compile time.
+    cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    # Contraction would make a result depend on the instruction set: kernels say where they mean a
+    # fused multiply-add. Nobody asks for errno or the exception flags, which would keep loops with
+    # square roots and choices from becoming vectors.
+    cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    link = []
+    # at::parallel_for is compiled into its caller, and runs on one thread where OpenMP is off.
+    if sys.platform == "darwin":
+        # Apple's driver has no -fopenmp; its compiler does, and torch brings header and library.
+        # What is undefined in an extension is found in the libraries that torch has loaded.
+        if (Path(torch.__file__).parent / "include/omp.h").exists():
+            cxx += ["-Xpreprocessor", "-fopenmp"]
     else:
-        # Python's own flags may ask for debug information, which doubles the compile time.
-        cxx = ["-O0", "-g"] if debug else ["-O3", "-g0"]
-        # Contraction would make a result depend on the instruction set: kernels say where they
-        # mean a fused multiply-add. Nobody asks for errno or the exception flags, which would keep
-        # loops with square roots and choices from becoming vectors.
-        cxx += ["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-        host = ["-Xcompiler=-fvisibility=hidden"]
-        link = []
-        if sys.platform.startswith("linux"):  # at::parallel_for is compiled into its caller
-            cxx.append("-fopenmp")
-            link.append("-fopenmp")
+        cxx.append("-fopenmp")
+        link.append("-fopenmp")
     nvcc = ["-O0", "-g", "-lineinfo"] if debug else ["-O3"]
-    nvcc += host + shlex.split(os.environ.get("NVCC_FLAGS", ""))
+    nvcc += ["-Xcompiler=-fvisibility=hidden", *shlex.split(os.environ.get("NVCC_FLAGS", ""))]
     environment = {"MAX_JOBS": str(job_count()), "PATH": path_with_ninja()}
     macros: list[tuple[str, str | None]] = []
     if toolkit:
@@ -296,7 +330,7 @@ def describe(toolkit: Toolkit | None) -> Build:
         environment |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": arch_list}
         # torch's headers ask for libraries that a minimal toolkit lacks; torch's own wheels bring
         # them. System folders are searched last, so the toolkit's own headers still win.
-        if os.name != "nt" and not (toolkit.home / "include" / "cusparse.h").exists():
+        if not (toolkit.home / "include" / "cusparse.h").exists():
             system = [
                 part for folder in _pip_folders("include") for part in ("-isystem", str(folder))
             ]

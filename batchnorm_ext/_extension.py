@@ -12,7 +12,6 @@ import shlex
 import shutil
 import stat
 import sys
-import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -204,7 +203,7 @@ def _load_jit(verbose: bool, because: str) -> ModuleType:
                 toolkit, _ = _build.choose_toolkit()
                 build = _build.describe(toolkit)
                 directory = cache_directory(build)
-            except (_build.CudaUnavailable, OSError) as error:
+            except (_build.CompilerUnavailable, _build.CudaUnavailable, OSError) as error:
                 raise NativeModuleError(f"the native module cannot be compiled: {error}") from error
             module = _load_published(directory)
             if module is not None and because:
@@ -232,9 +231,8 @@ def cache_directory(build: _build.Build) -> Path:
         root = _appdirs.user_cache_dir(appname="torch_extensions")
     directory = Path(root).expanduser().resolve() / build.key()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.name != "nt":
-        for folder in (directory, *directory.parents):
-            _refuse_if_others_can_write(folder)
+    for folder in (directory, *directory.parents):
+        _refuse_if_others_can_write(folder)
     return directory
 
 
@@ -273,51 +271,18 @@ def _is_own_group(gid: int) -> bool:
 @contextlib.contextmanager
 def _exclusive(directory: Path) -> Iterator[None]:
     """Hold the folder's lock, which the operating system releases however its holder ends."""
+    import fcntl  # not on Windows, where nothing is compiled
+
     with open(directory / "build.lock", "a+b") as file:
-        if not _try_lock(file.fileno()):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             _tell(f"waiting for another process that is compiling in {directory}")
-            _wait_for_lock(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            _unlock(file.fileno())
-
-
-if sys.platform == "win32":
-    import msvcrt
-    import time
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _wait_for_lock(descriptor: int) -> None:
-        while not _try_lock(descriptor):
-            time.sleep(0.2)
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _wait_for_lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _load_published(directory: Path) -> ModuleType | None:
@@ -340,7 +305,10 @@ def _compile(build: _build.Build, directory: Path, verbose: bool, because: str) 
     A folder for each attempt keeps what a killed build left behind (half an object file, torch's
     lock, a compiler that still runs) away from the next one. The caller holds the lock.
     """
-    _require_compiler()
+    try:
+        _build.require_compiler()
+    except _build.CompilerUnavailable as error:
+        raise NativeModuleError(f"the native module cannot be compiled: {error}") from None
     for left_behind in directory.glob("attempt-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=directory))
@@ -351,10 +319,10 @@ def _compile(build: _build.Build, directory: Path, verbose: bool, because: str) 
         f"in {directory}, once"
     )
     macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in build.macros]
-    quote = (
-        (lambda flags: flags) if os.name == "nt" else (lambda flags: list(map(shlex.quote, flags)))
-    )
-    search = f"/LIBPATH:{attempt}" if os.name == "nt" else f"-L{attempt}"
+
+    def quote(flags: list[str]) -> list[str]:
+        return list(map(shlex.quote, flags))
+
     with _environment(build.environment):
         tools = _build.torch_extension_tools(build)
         try:
@@ -363,7 +331,7 @@ def _compile(build: _build.Build, directory: Path, verbose: bool, because: str) 
                 sources=[str(source) for source in build.sources],
                 extra_cflags=quote([*macros, *build.cxx_flags]),
                 extra_cuda_cflags=quote([*macros, *build.nvcc_flags]),
-                extra_ldflags=quote([*build.link_flags, search]),
+                extra_ldflags=quote([*build.link_flags, f"-L{attempt}"]),
                 extra_include_paths=[str(attempt), *map(str, build.include_dirs)],
                 build_directory=str(attempt),
                 with_cuda=build.toolkit is not None,
@@ -384,21 +352,6 @@ def _compile(build: _build.Build, directory: Path, verbose: bool, because: str) 
     partial.write_text(json.dumps({"library": library.relative_to(directory).as_posix()}))
     os.replace(partial, directory / "module.json")
     return module
-
-
-def _require_compiler() -> None:
-    """Name what is missing before the compiler does so in its own words."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["cl" if os.name == "nt" else "c++"]
-    if shutil.which(compiler[0]) is None:
-        raise NativeModuleError(
-            f"the native module cannot be compiled: there is no C++ compiler {compiler[0]} "
-            "(fix: install g++ or clang++, or set CXX)"
-        )
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise NativeModuleError(
-            "the native module cannot be compiled: Python's headers are missing "
-            "(fix: install python3-dev, or python3-devel, of this Python's version)"
-        )
 
 
 def _first_error(output: str) -> str:

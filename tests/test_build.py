@@ -212,6 +212,25 @@ def test_flags(monkeypatch):
     assert build.nvcc_flags[-3:] == ["-lineinfo", "--threads", "2"]
 
 
+def test_flags_on_macos(tmp_path, monkeypatch):
+    """Apple's compiler driver takes OpenMP only for its preprocessor; older torch brings no header."""
+    monkeypatch.setattr(_build.sys, "platform", "darwin")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    build = _build.describe(None)
+    assert not [flag for flag in build.cxx_flags + build.link_flags if "openmp" in flag]
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/omp.h").touch()
+    build = _build.describe(None)
+    assert build.cxx_flags[-2:] == ["-Xpreprocessor", "-fopenmp"]
+    assert build.link_flags == []
+
+
+def test_nothing_is_built_on_windows(monkeypatch):
+    monkeypatch.setattr(_build.os, "name", "nt")
+    with pytest.raises(_build.CompilerUnavailable, match="on Windows"):
+        _build.describe(None)
+
+
 @pytest.mark.usefixtures("torch_with_cuda")
 def test_a_cuda_build_is_described(tmp_path, monkeypatch):
     fake_nvcc(tmp_path)
@@ -353,6 +372,44 @@ def test_setup_warns_where_nvcc_is_missing(tmp_path):
     run = setup(copy_sources(tmp_path), "--version", CUDA_HOME=str(tmp_path))
     assert run.returncode == 0
     assert "building batchnorm_ext for the CPU only: CUDA_HOME=" in run.stderr
+
+
+@pytest.mark.native
+def test_setup_does_without_a_compiler(tmp_path):
+    source = copy_sources(tmp_path / "source")
+    arguments = ("-q", "bdist_wheel", "--dist-dir", str(tmp_path))
+    run = setup(source, *arguments, CXX="no-such-compiler", FORCE_ONLY_CPU="1")
+    assert run.returncode == 0, run.stderr
+    assert "without native module: there is no C++ compiler no-such-compiler" in run.stderr
+    (wheel,) = tmp_path.glob("*-none-any.whl")
+    with zipfile.ZipFile(wheel) as file:
+        assert not {"batchnorm_ext/_C.json", "build"} & set(file.namelist())
+        file.extractall(tmp_path / "site")
+    package = Package(tmp_path / "elsewhere")
+    package.environment["PYTHONPATH"] = str(tmp_path / "site")
+    output, errors = package.run(CXX="no-such-compiler")
+    assert '"how": "torch"' in output
+    assert "the slower pure-PyTorch path is used" in errors
+
+
+@pytest.mark.native
+def test_setup_explains_a_forced_cuda_build_without_a_compiler(tmp_path):
+    fake_nvcc(tmp_path / "toolkit")
+    source = copy_sources(tmp_path / "source")
+    (tmp_path / "with").mkdir()
+    startup = "import torch.version; torch.version.cuda = '13.0'"
+    (tmp_path / "with/sitecustomize.py").write_text(startup)
+    run = setup(
+        source,
+        "--version",
+        FORCE_CUDA="1",
+        CUDA_HOME=str(tmp_path / "toolkit"),
+        CXX="no-such-compiler",
+        TORCH_CUDA_ARCH_LIST="9.0",
+        PYTHONPATH=str(tmp_path / "with"),
+    )
+    assert run.returncode != 0
+    assert "FORCE_CUDA is set, but there is no C++ compiler" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.native
