@@ -22,7 +22,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 EMULATED_TESTS := $(patsubst %,tests/test_%.py,activation batch_norm data_parallel derivatives distributed errors \
   fusion memory mixed_precision modules numerics properties renorm running_statistics torch_samples torch_utilities)
 
-.PHONY: help test demo bench lint format cpu-check emulate emulate-python cuda latest cuda-check gpu clean
+.PHONY: help test demo bench lint format cpu-check portable emulate emulate-python cuda latest cuda-check gpu clean
 help:
 	@echo "make demo        train a network with nn.BatchNorm2d and with ours, side by side"
 	@echo "make test        all tests, on the native module and on the pure-PyTorch path"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint        ruff, clang-format and mypy"
 	@echo "make format      let ruff and clang-format rewrite the files"
 	@echo "make cpu-check   run the CPU kernels without torch, on every instruction set"
+	@echo "make portable    the same with Clang, and for 64-bit ARM in QEMU"
 	@echo "make emulate     run the CUDA kernels on the CPU, under sanitizers"
 	@echo "make emulate-python  run the Python tests on those kernels, as if they were the CPU's"
 	@echo "make cuda        build for CUDA against torch $(CUDA_TORCH) and test what needs no GPU"
@@ -87,7 +88,7 @@ demo: $(VENV)/installed.stamp
 bench: $(VENV)/installed.stamp
 	$(BIN)/python -m benchmarks
 
-cpu-check emulate:
+cpu-check portable emulate:
 	$(MAKE) --no-print-directory -C tests/native $@
 
 emulate-python: $(VENV)/requirements.stamp

@@ -20,7 +20,7 @@ void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 void join_statistics(const JoinParams& params, const Executor& executor);
 
-// "avx512_bf16", "avx512", "avx2" or "baseline": what this process runs, capped by the environment variable
+// "avx512_bf16", "avx512", "avx2", "neon" or "baseline": what this process runs, capped by the environment variable
 // ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") as torch's own kernels are.
 const char* instruction_set();
 

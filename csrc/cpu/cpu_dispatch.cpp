@@ -22,10 +22,10 @@ struct InstructionSet {
 };
 
 InstructionSet detect() {
-#if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const auto capped = [&](const char* value) { return variable != nullptr && std::strcmp(variable, value) == 0; };
   if (!capped("default")) {
+#if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -35,8 +35,10 @@ InstructionSet detect() {
       return {"avx512", &avx512::kernels};
     }
     if (avx2) return {"avx2", &avx2::kernels};
-  }
+#elif defined(__aarch64__)
+    return {"neon", &neon::kernels};
 #endif
+  }
   return {"baseline", &baseline::kernels};
 }
 

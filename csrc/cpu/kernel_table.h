@@ -34,6 +34,10 @@ extern const KernelTable kernels;
 namespace avx512_bf16 {
 extern const KernelTable kernels;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const KernelTable kernels;
+}
 #endif
 
 }  // namespace batchnorm_ext::cpu
