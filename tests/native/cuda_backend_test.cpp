@@ -982,18 +982,23 @@ void launches() {
 void refused() {
   for (const DType dtype : {DType::float32, DType::bfloat16}) {
     for (const Activation activation : {Activation::identity, Activation::relu}) {
-      Case c{"refused", {16, 2, 4096}, dtype};
-      c.activation = activation;
-      c = *grouped(c, cuda::Exchange::grid);
-      const emulation::Device whole = emulation::device;
-      emulation::device.multiprocessors = 1;
-      emulation::device.shared_bytes_per_multiprocessor = c.limits.shared_bytes_per_multiprocessor;
-      const int64_t before = emulation::counters.launches;
-      Tensors t = inputs(c);
-      run(c, forward_params(c, t));
-      report(emulation::counters.launches - before == 3, "what is refused is done in steps");
-      check(c, {{true, true, true}}, false);
-      emulation::device = whole;
+      for (const cuda::Exchange exchange : {cuda::Exchange::cluster, cuda::Exchange::grid}) {
+        Case c{"refused", {16, 2, 4096}, dtype};
+        c.activation = activation;
+        c = *grouped(c, exchange);
+        for (const cuda::ResidentPlan& plan : resident_plans(c)) {
+          report(may_be_refused(plan.groups), "groups that the device may refuse");
+        }
+        const emulation::Device whole = emulation::device;
+        emulation::device.multiprocessors = 1;
+        emulation::device.shared_bytes_per_multiprocessor = c.limits.shared_bytes_per_multiprocessor;
+        const int64_t before = emulation::counters.launches;
+        Tensors t = inputs(c);
+        run(c, forward_params(c, t));
+        report(emulation::counters.launches - before == 3, "what is refused is done in steps");
+        check(c, {{true, true, true}}, false);
+        emulation::device = whole;
+      }
     }
   }
 }

@@ -180,8 +180,10 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
-  cudaErrorCooperativeLaunchTooLarge = 720
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorInvalidClusterSize = 912
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -312,6 +314,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (together.cooperative && blocks > at_once * emulation::device.multiprocessors) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
+  if (together.cluster > at_once * emulation::device.multiprocessors) return cudaErrorInvalidClusterSize;
   if (emulation::settings.fail_launch >= 0 && emulation::settings.fail_launch-- == 0) return cudaErrorLaunchFailure;
   ++emulation::counters.launches;
   emulation::counters.blocks += blocks;

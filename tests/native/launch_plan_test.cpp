@@ -411,9 +411,9 @@ void workspace() {
     forward.batch_statistics = true;
     const ForwardPlan training = plan_forward(forward, device.limits);
     if (training.resident.fits) {
-      const bool grid = training.resident.groups.exchange == Exchange::grid;
+      const bool refused = may_be_refused(training.resident.groups);
       report(int64_t(training.workspace_bytes) >= group_workspace_bytes(training.resident.groups) &&
-                 (training.workspace_bytes > 0) == grid && (training.statistics.splits > 0) == grid,
+                 (training.workspace_bytes > 0) == refused && (training.statistics.splits > 0) == refused,
              std::string("workspace of groups, and of steps where the device may refuse them, on ") + device.name);
     }
     forward.y = memory + 2;  // tensors that share no vectors

@@ -42,6 +42,10 @@ constexpr int64_t kMostReaders = int64_t(1) << (64 - kBatchBits);
 __device__ __forceinline__ int64_t batches_of(int64_t counter) {
   return static_cast<int64_t>(static_cast<uint64_t>(counter) << (64 - kBatchBits)) >> (64 - kBatchBits);
 }
+// By one load, whole: other blocks may be counting themselves.
+__device__ __forceinline__ int64_t read_batches(const int64_t* counter) {
+  return batches_of(*static_cast<const volatile int64_t*>(counter));
+}
 
 struct BatchCounter {
   int64_t* batches = nullptr;  // null: there is nothing to count
@@ -127,7 +131,7 @@ struct FinalizeStatistics {
     inv_std[channel] = static_cast<A>(channel_inv_std);
     if (running.mean.data == nullptr && running.variance.data == nullptr) return;
     const int64_t* const counter = running.cumulative ? running.num_batches_tracked : nullptr;
-    const int64_t batches = counter == nullptr ? 1 : batches_of(*counter) + 1;
+    const int64_t batches = counter == nullptr ? 1 : read_batches(counter) + 1;
     update_running_statistics(running, channel, moments, running_momentum(running, batches));
   }
 };

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       take_kept(packs, whole, place, left);
       op.accumulate(whole, sums, packs, slots, index == 0);
       if constexpr (kStreams) {
-        // A thread's accesses to shared memory are made in its order: no copy comes before its place was read.
+        // A copy begins after what its thread read before, so none comes before its place was read.
 #pragma unroll
         for (int u = 0; u < Op::kUnroll; ++u) {
           if (thread_vectors + u < left) copy_chunk(ahead, index + thread_vectors + u, place + u, to_sum);

@@ -340,11 +340,6 @@ ResidentPlan plan_resident(const Shape& shape, DType dtype, const Alignment& ali
   return step.vectors ? plan_resident_tile(step, kept, true, limits) : best;
 }
 
-// A launch across the grid needs all of the device, which something else may have a part of.
-bool may_be_refused(const ResidentPlan& plan) {
-  return plan.groups.exchange == Exchange::grid;
-}
-
 template <class Plan>
 void make_room_for_groups(Plan& plan) {
   const auto of_groups = static_cast<size_t>(group_workspace_bytes(plan.resident.groups));
@@ -404,7 +399,7 @@ ForwardPlan plan_forward(const ForwardParams& params, const DeviceLimits& limits
                     bytes_of<NormalizeCoefficients>(1, params.dtype),
                     params.x == params.y};
     plan.resident = plan_resident(shape, params.dtype, alignment, epilogue, kept, limits);
-    if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
+    if (plan.resident.fits && !may_be_refused(plan.resident.groups)) return plan;
   }
   plan.statistics = plan_step(shape, params.dtype, alignment_of(params.dtype, {params.x}), limits);
   const int64_t partials = partial_results(shape, plan.statistics);
@@ -438,7 +433,7 @@ BackwardPlan plan_backward(const BackwardParams& params, const DeviceLimits& lim
                     epilogue ? bytes_of<ActivatedGradientCoefficients>(1, params.dtype) : coefficient_bytes,
                     false};
     plan.resident = plan_resident(shape, params.dtype, common, epilogue, kept, limits);
-    if (plan.resident.fits && !may_be_refused(plan.resident)) return plan;
+    if (plan.resident.fits && !may_be_refused(plan.resident.groups)) return plan;
   }
   if (plan.needs_sums) {
     plan.sums = step({params.dy, params.x, plan.needs_input_gradient ? nullptr : params.dx});

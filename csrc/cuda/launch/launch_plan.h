@@ -73,6 +73,12 @@ bool has_epilogue(const BackwardParams& params);
 // Slots that `resident` sums at once, at the most. Where it streams, threads keep whole chunks.
 constexpr int kForwardChunk = 4, kBackwardChunk = 2;
 
+// Whether the device may refuse groups that its limits allow: across the grid they need all of it, which something else
+// may have a part of, and clusters above the portable size are promised by none.
+constexpr bool may_be_refused(const Groups& groups) {
+  return groups.exchange == Exchange::grid || (groups.exchange == Exchange::cluster && groups.size > kPortableCluster);
+}
+
 // One launch of `resident`, where a group of blocks can keep a tile of each of the inputs in their shared memory, or
 // enough of one that the rest is worth reading again. Two blocks share a multiprocessor.
 struct ResidentPlan {

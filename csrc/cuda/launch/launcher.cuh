@@ -50,7 +50,8 @@ void launch(const char* step, cudaStream_t stream, void (*kernel)(Parameters...)
 }
 
 // With what lets the blocks of a group wait for each other. False where the device has no room for all of them at once,
-// although the plan says so: it may be shared, or a tool may have given the kernel more registers.
+// although the plan says so: it may be shared, or a tool may have given the kernel more registers. Only where groups
+// may be refused: there, the steps are planned too.
 template <class... Parameters>
 bool launch_groups(const char* step, const Groups& groups, size_t most_shared_bytes, cudaLaunchConfig_t config,
                    void (*kernel)(Parameters...), const Exactly<Parameters>&... arguments) {
@@ -75,7 +76,9 @@ bool launch_groups(const char* step, const Groups& groups, size_t most_shared_by
     attribute.val.cooperative = 1;
   }
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (status == cudaErrorCooperativeLaunchTooLarge) {
+  const bool has_no_room = status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize ||
+                           status == cudaErrorLaunchOutOfResources;
+  if (has_no_room && may_be_refused(groups)) {
     cudaGetLastError();  // or the next call to ask would report it
     return false;
   }

@@ -75,7 +75,8 @@ __device__ __forceinline__ uint4 load_word(const uint4* address) {
   uint4 word;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return word;
 #else
   return *address;
