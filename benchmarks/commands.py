@@ -24,7 +24,7 @@ from .contenders import (
     TorchEager,
     TorchEagerNoCudnn,
 )
-from .measure import layer_tasks, overhead_tasks, scaling_tasks
+from .measure import launches_task, layer_tasks, overhead_tasks, scaling_tasks
 from .memory import memory_tasks
 from .report import render, render_comparison
 from .requirement import Requirement, unmet
@@ -207,9 +207,11 @@ def _measure(options: argparse.Namespace) -> int:
     session = start_session(options, Record(environment))
     path = results_path(environment, options.output or RESULTS)
     before = Record.load(path) if path.exists() else Record(environment)
-    build = MEASURING[options.command][0]
+    tasks = MEASURING[options.command][0](options)
+    if options.device == "cuda":
+        tasks.append(launches_task(tasks))
     left = options.time_budget - (time.monotonic() - start)
-    session.run(build(options), left, lambda: before.merged(session.record).save(path))
+    session.run(tasks, left, lambda: before.merged(session.record).save(path))
     merged = before.merged(session.record)
     merged.save(path)
     print(_write_report(merged, path.parent, options.no_plots))

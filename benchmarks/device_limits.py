@@ -31,7 +31,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 PEERS: tuple[type[Contender], ...] = (Floor, TorchEager, TorchEagerNoCudnn)
 PEER_OPS = ("forward", "backward")
 EXPERIMENTS = ("clusters", "exchanges", "launches", "bandwidth", "columns", "retention")
-COMPILE_S, EXPERIMENT_S = 120, 30
+COMPILE_S, EXPERIMENT_S = 120, 15
 
 
 def compile_command(nvcc: str, capability: tuple[int, int], program: Path) -> list[str]:

@@ -52,10 +52,11 @@ from .contenders import (
 from .problem import TOLERANCE, TOLERANCE_OF_RELU, Problem, make_problem, wrong
 from .results import ROOT, describe_machine
 from .shapes import DTYPES, Case, scattered, with_dtypes, with_layouts
-from .timing import available_threads
+from .timing import COLD_FACTOR, available_threads, last_level_cache
 
 EXIT_NO_GPU = 3
 EXIT_LOST = 4
+EXIT_WRONG = 5  # not 1, which is Python's own for an exception
 GRACE_S = 15
 KILLED_S = 5
 SECONDS, UNTIL = "{seconds}", "{until}"
@@ -73,16 +74,18 @@ SANITIZER_ERROR = 99
 NO_HAZARD, SOME_PASSED = r"SUMMARY: 0 (errors|hazards)", r"\b[1-9]\d* passed"
 # Test files of their own stage: streams, graphs, processes and compilers, which can hang or end a process.
 SYSTEM_TESTS = ("test_cuda.py", "test_distributed.py", "test_compile.py", "test_benchmarks.py")
-# Those that come first, before the others from short to long: a stage that overruns should have seen
-# what matters most, and something of everything.
+# Those that come first, and the half of all tests that comes last; between them from short to long: a
+# stage that overruns should have seen what matters most, and something of everything.
 FIRST_TESTS = ("test_batch_norm.py", "test_running_statistics.py", "test_numerics.py")
+LAST_TESTS = "test_activation.py"
 WORKERS = max(1, min(8, available_threads() // 2))
-TEST_S = 90
+# Of one test, so that one that hangs ends before its stage does. Some have a longer limit of their own.
+TEST_S = 25
 SITE = ROOT / "build" / "gpu-site"
 SHOWN_FAILURES = 40
-# Of the exercise: how long a process may take to start, and a case, and how often one may be lost.
-STARTING_S = 60
-STALLED_S = 20
+# Of the exercise: how long a process may take to start, its first case, which loads the kernels, and
+# another, and how often one may be lost.
+STARTING_S, FIRST_CASE_S, STALLED_S = 30, 20, 8
 MAX_LOST = 6
 
 
@@ -99,6 +102,8 @@ class Stage:
         the same as a moment of `time.time`.
     proof
         What the end of its output must match, if given: that it did what it was to do.
+    proof_file
+        The file that must match it instead, if given; one left from before is removed.
     decides
         Whether the exit code depends on it.
     at_once
@@ -114,6 +119,7 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     at_once: str = ""
     proof: str = ""
+    proof_file: str = ""
     state: str = "not run"
     seconds: float = 0.0
     limit_s: float = 0.0
@@ -133,6 +139,8 @@ class Stage:
         output.write(f"\n==== {self.name}: {' '.join(command)}\n".encode())
         output.flush()
         begin = output.tell()
+        if self.proof_file:
+            Path(self.proof_file).unlink(missing_ok=True)
         try:
             process = subprocess.Popen(
                 command,
@@ -146,6 +154,7 @@ class Stage:
             self.state, self.note = "failed", str(error)
             return
         _running.add(process.pid)
+        watchdog = _watchdog(process.pid)
         try:
             self.exit_code = process.wait(limit_s)
             self.state = "passed" if self.exit_code == 0 else "failed"
@@ -154,10 +163,15 @@ class Stage:
         finally:
             _end(process)
             _running.discard(process.pid)
+            with watchdog:
+                watchdog.kill()
         self.seconds = round(time.monotonic() - start, 1)
         self.tail = _shortened(output, begin)[-2000:].decode(errors="replace")
-        if self.state == "passed" and not re.search(self.proof, self.tail):
-            self.state, self.note = "failed", f"nothing in its last words matches {self.proof}"
+        found, where = self.tail, "its last words"
+        if self.proof_file:
+            found, where = _text_of(Path(self.proof_file)), Path(self.proof_file).name
+        if self.state == "passed" and not re.search(self.proof, found):
+            self.state, self.note = "failed", f"nothing in {where} matches {self.proof}"
 
 
 def _shortened(output: IO[bytes], begin: int) -> bytes:
@@ -172,6 +186,24 @@ def _shortened(output: IO[bytes], begin: int) -> bytes:
         output.write(said)
         output.flush()
     return said
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _watchdog(leader: int) -> subprocess.Popen[bytes]:
+    """A process that kills a session once this process is gone, which may be killed itself.
+
+    It waits for the end of its input, which nobody else holds open.
+    """
+    return subprocess.Popen(
+        ["sh", "-c", "read _; kill -s KILL -- -$0", str(leader)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -296,7 +328,10 @@ def _is_built() -> bool:
 
 
 def _checking_stages(out: Path) -> list[Stage]:
-    """What runs on the built package. A tool that is not installed cannot pass."""
+    """What runs on the built package. A tool that is not installed cannot pass.
+
+    Shares are the seconds that a stage may take of 540, where two minutes went into the build.
+    """
     python = sys.executable
     itself = [python, "-m", "benchmarks.gpu"]
     measured = ["--device", "cuda", "--no-plots", "--output", str(out), "--time-budget", SECONDS]
@@ -305,28 +340,25 @@ def _checking_stages(out: Path) -> list[Stage]:
     layers = ["layers", "--set", "resnet50", "edges", "--batch", "256"]
     layers += ["--dtype", "bfloat16", "float32", "--cache", "cold"]
     layers += ["--contenders", *QUICK_CONTENDERS]
-    paths = sorted(
-        (ROOT / "tests").glob("test_*.py"),
-        key=lambda path: (path.name not in FIRST_TESTS, path.stat().st_size),
-    )
-    files = [path.name for path in paths]
+    paths = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.stat().st_size)
+    between = [p.name for p in paths if p.name not in (*SYSTEM_TESTS, *FIRST_TESTS, LAST_TESTS)]
     # Of many processes, each; compilers would start as many again.
     one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     stages = [
-        Stage(EXERCISE, [*itself, "--exercise", "--until", UNTIL], share=16),
-        Stage("device-limits", limits, share=10, decides=False),
-        Stage("layers", [*benchmark, *layers, *measured], share=30, decides=False),
+        Stage(EXERCISE, [*itself, "--exercise", "--until", UNTIL], share=50),
+        Stage("device-limits", limits, share=50, decides=False),
+        Stage("layers", [*benchmark, *layers, *measured], share=76, decides=False),
         Stage(
             "tests",
-            _pytest(name for name in files if name not in SYSTEM_TESTS),
-            share=10,
+            _pytest([*FIRST_TESTS, *between, LAST_TESTS]),
+            share=65,
             environment=one_thread,
             proof=SOME_PASSED,
         ),
         Stage(
             "system-tests",
             _pytest(SYSTEM_TESTS),
-            share=16,
+            share=70,
             environment=one_thread,
             proof=SOME_PASSED,
         ),
@@ -341,7 +373,7 @@ def _checking_stages(out: Path) -> list[Stage]:
         stage = Stage(
             tool,
             [sanitizer, *options, *_exercise_command(0, UNTIL)] if sanitizer else [],
-            share=6,
+            share=21,
             proof=NO_HAZARD,
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **one_thread},
             at_once="sanitizers",
@@ -349,22 +381,27 @@ def _checking_stages(out: Path) -> list[Stage]:
         stage.note = "" if sanitizer else "compute-sanitizer was not found"
         stages.append(stage)
     profiler = _tool("ncu")
-    counted = ["--clock-control", "none", "--csv", "--print-units", "base"]
-    counted += ["--log-file", str(out / "traffic.csv")]
+    table = str(out / "traffic.csv")
+    # With the cache as it is: what launches of a call leave there to the next is part of the call.
+    counted = ["--clock-control", "none", "--cache-control", "none"]
+    counted += ["--csv", "--print-units", "base", "--log-file", table]
     counted += ["--metrics", ",".join(COUNTERS), "--kernel-name-base", "demangled"]
     counted += ["--kernel-name", "regex:.*batchnorm_ext.*", *itself, "--traffic"]
-    traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=8, decides=False)
+    traffic = Stage("traffic", [profiler, *counted] if profiler else [], share=28, decides=False)
     traffic.note = "" if profiler else "ncu was not found"
-    stages += [traffic, Stage("benchmark", [*benchmark, "default", *measured], 12, False)]
+    # A profiler that may not read the counters runs the program all the same, and ends with 0.
+    traffic.proof, traffic.proof_file = rf'"{re.escape(COUNTERS[0])}",', table
+    stages += [traffic, Stage("benchmark", [*benchmark, "default", *measured], 18, False)]
     tuning = [python, "-m", "benchmarks.tuning", str(out / "tuning.json")]
-    return [*stages, Stage(TUNING, [*tuning, "--time-budget", SECONDS], 30, False)]
+    return [*stages, Stage(TUNING, [*tuning, "--time-budget", SECONDS], 100, False)]
 
 
 def _pytest(files: Iterable[str]) -> list[str]:
     """Each test's name before it runs, and where one hangs: a log that ends early says why.
 
-    In several processes, since most of a test is its oracle, on the CPU. Where a test costs one of
-    them the device, another takes its place.
+    In several processes, since most of a test is its oracle, on the CPU. Where a test hangs or costs
+    one of them the device, another takes its place. What a test waits for before it begins, so that
+    large ones take turns, is no part of its time.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail=40"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={TEST_S * 2 // 3}"]
@@ -372,6 +409,7 @@ def _pytest(files: Iterable[str]) -> list[str]:
         command += ["-n", str(WORKERS), "--max-worker-restart", "16"]
     if find_spec("pytest_timeout"):
         command += ["--timeout", str(TEST_S), "--timeout-method", "thread"]
+        command += ["-o", "timeout_func_only=true"]
     return [*command, *(f"tests/{name}" for name in files)]
 
 
@@ -455,7 +493,11 @@ def exercise(
             return failures if index > first else [reason]
         case = cases[index]
         print(f"case {index}: {case}", flush=True)
-        for name, run in _exercises(make_problem(case, device), index):
+        try:
+            calls = _exercises(make_problem(case, device), index)
+        except Exception as error:  # out of memory, say
+            calls = [("data", partial(first_line, error))]
+        for name, run in calls:
             try:
                 reason = run()
             except Exception as error:
@@ -505,11 +547,11 @@ def exercise_in_processes(until: float) -> int:
             text=True,
         )
         last = _watched(process)
-        if process.returncode in (0, 1):
-            failed = failed or process.returncode == 1
+        if process.returncode in (0, EXIT_WRONG):
+            failed = failed or process.returncode == EXIT_WRONG
             break
         print(f"case {last} ended its process: {process.returncode}", flush=True)
-        first, lost, failed = max(first, last) + 1, lost + 1, True
+        first, lost, failed = max(first, last + 1), lost + 1, True
     return 1 if failed else 0
 
 
@@ -520,16 +562,17 @@ def _exercise_command(first: int, until: str) -> list[str]:
 
 def _watched(process: subprocess.Popen[str]) -> int:
     """Pass on what a process says, and kill it when it says nothing; the last case it named."""
-    last = -1
+    last, cases = -1, 0
     assert process.stdout is not None
     timer = threading.Timer(STARTING_S, process.kill)
     timer.start()
     for line in process.stdout:
         print(line, end="", flush=True)
         if line.startswith("case "):
-            last = int(line.split(":")[0].split()[1])
+            last, cases = int(line.split(":")[0].split()[1]), cases + 1
         timer.cancel()
-        timer = threading.Timer(STARTING_S if last < 0 else STALLED_S, process.kill)
+        limit_s = (STARTING_S, FIRST_CASE_S, STALLED_S)[min(cases, 2)]
+        timer = threading.Timer(limit_s, process.kill)
         timer.start()
     timer.cancel()
     process.wait()
@@ -619,7 +662,7 @@ COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration
 
 
 def traffic_cases() -> list[Case]:
-    """Tensors far larger than any cache, one for each way a channel is held on the chip or not."""
+    """One tensor for each way a channel is held on the chip or not, most of them larger than any cache."""
     shapes = {
         "clusters": (128, 256, 28, 28),
         "large clusters": (256, 2048, 7, 7),
@@ -636,12 +679,16 @@ def traffic_cases() -> list[Case]:
 def traffic() -> None:
     """Each op of each case, for a profiler that counts what memory moves; says the least it may be.
 
-    What backward needs of forward runs before the line that names it.
+    What backward needs of forward runs before the line that names it. The profiler leaves the cache
+    alone, which is swept before each call instead: by reading, so that no line of it is left to be
+    written back at the call's expense. What a call leaves there to be written is not counted.
     """
+    sweep = torch.zeros(COLD_FACTOR * last_level_cache("cuda") // 4, device="cuda")
     for case in traffic_cases():
         problem = make_problem(case, "cuda")
         for op in ("forward", "backward", "eval"):
             prepared = BatchnormExt().prepare(problem, op)
+            sweep.sum()
             torch.cuda.synchronize()
             print(f"{case} {op}: at least {MINIMUM_TRAFFIC[op] * case.bytes} bytes", flush=True)
             prepared.call(0)
@@ -697,7 +744,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"the device is lost: {error}", flush=True)
             os._exit(EXIT_LOST)  # what is left to do for the device would only fail
         print(f"failures: {len(failures)}" if failures else "every result is right")
-        return 1 if failures else 0
+        return EXIT_WRONG if failures else 0
     out = options.out.resolve()
     stages = _checking_stages(out)
     names = [stage.name for stage in stages]
@@ -722,7 +769,7 @@ def run_all(out: Path, budget_s: float, checking: Sequence[Stage]) -> int:
     except Exception as error:  # whatever it is, it must not cost the run
         described = {"unknown": first_line(error)}
     # The checkout's Python, and of what was installed the native module.
-    path = os.pathsep.join([str(ROOT), str(SITE)])
+    path = _python_path(ROOT, SITE)
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "BATCHNORM_EXT_BACKEND": "prebuilt"}
     variables["PYTHONUNBUFFERED"] = "1"  # what is killed has said all it had to
     building = [build]
@@ -736,11 +783,12 @@ def run_all(out: Path, budget_s: float, checking: Sequence[Stage]) -> int:
         left = budget_s - (time.monotonic() - start)
         run_stages(stages, share * left, variables, log, report)
 
-    if build.state != "passed":
+    while build.state in ("not run", "overran"):  # it goes on from the objects that there are
         run([build], BUILD_SHARE, {})
-    if build.state != "passed":
+    if build.state == "failed":
         building.append(jit)
-        variables |= {"PYTHONPATH": str(ROOT), "BATCHNORM_EXT_BACKEND": "jit"}
+        variables |= {"PYTHONPATH": _python_path(ROOT), "BATCHNORM_EXT_BACKEND": "jit"}
+        variables |= jit.environment  # or later stages would look for a module of other settings
         run([jit], BUILD_SHARE, variables)
     if "passed" in (build.state, jit.state):
         exercising = [stage for stage in checking if stage.name == EXERCISE]
@@ -751,6 +799,12 @@ def run_all(out: Path, budget_s: float, checking: Sequence[Stage]) -> int:
             others.sort(key=lambda stage: stage.name not in SANITIZERS)
         run(others, 1.0, variables)
     return 0 if passed([*building, *checking]) else 1
+
+
+def _python_path(*folders: Path) -> str:
+    """These folders, before those that the variable has."""
+    inherited = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, folders), *([inherited] if inherited else [])])
 
 
 def _write(out: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from .contenders import Contender, Outcome, first_line
 from .results import Record
-from .shapes import Case
 
 SAVE_EVERY_S = 20
 COMPILING_SHARE = 0.3
@@ -48,8 +47,6 @@ class Session:
         Where the tasks put what they find.
     contenders
         The contenders that can run on this machine, by name.
-    launches
-        What one of our calls puts on the device, by case and op.
     skipped, failed
         Tasks that the budget did not reach, and those that raised, with the reason.
     """
@@ -60,7 +57,6 @@ class Session:
     contenders: dict[str, Contender]
     seed: int = 0
     caches: Sequence[str] = ("hot",)
-    launches: dict[tuple[Case, str], int | None] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     interrupted: bool = False

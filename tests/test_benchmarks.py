@@ -275,17 +275,40 @@ def test_wall_sampler_waits_for_blocks_of_calls_no_longer_than_needed(
     assert clock[0] - before == pytest.approx(calls * seconds)
 
 
-def test_launches_are_counted_once_for_all_states_of_the_cache(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("seconds", "expected"), [(60, [3, 3, None, None]), (0, [None] * 4)])
+def test_launches_are_counted_behind_all_timing_and_once_for_all_states_of_the_cache(
+    seconds: float, expected: list[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session("cuda", 1, Record({}), {})
-    counts = iter([3])
+    session = make_session([BatchnormExt(), Floor()])
+    counts = iter([3])  # and no profiler any more
     monkeypatch.setattr(measure, "count_launches", lambda call: next(counts))
-    found = [
-        measure._launches(session, (SMALL, op), lambda index: None)
-        for op in ("forward", "forward", "backward", "backward")
-    ]
-    assert found == [3, 3, None, None]
+    session.caches = ("hot", "cold")
+    for op in ("forward", "backward"):
+        measure.measure(session, SMALL, op, 0.0)
+    ours = [row for row in session.record.rows if row["contender"] == "batchnorm_ext"]
+    assert not any("launches" in row for row in ours)
+    measure.record_launches(session, seconds)
+    assert [row.get("launches") for row in ours] == expected
+    for row in session.record.rows:
+        check_row(row)
+        assert "launches" not in row or row in ours
+
+
+def test_launches_get_a_share_of_a_run_on_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [Task("some", lambda session, seconds: None, 3.0), Task("other", lambda *_: None, 7.0)]
+    assert measure.launches_task(tasks).weight == pytest.approx(1.0)
+    ran: list[str] = []
+    monkeypatch.setattr(
+        Session, "run", lambda self, tasks, *_: ran.extend(task.label for task in tasks)
+    )
+    monkeypatch.setattr(commands, "describe_environment", lambda *_: dict(ENVIRONMENT))
+    monkeypatch.setitem(commands.MEASURING, "overhead", (lambda options: list(tasks), 5, ""))
+    common = ["--output", str(tmp_path), "--no-plots", "--contenders", "floor"]
+    for device in ("cpu", "cuda"):
+        commands.main(["overhead", "--device", device, *common])
+    assert ran == ["some", "other", "some", "other", "launches of our calls"]
 
 
 def test_cold_buffers_exceed_the_cache_unless_one_call_does() -> None:
@@ -889,15 +912,25 @@ def test_stages_are_timed_logged_and_judged(tmp_path: Path) -> None:
         stage("last", f"assert float('{gpu.SECONDS}') > 0; print('12 passed')", proof="12 passed"),
     ]
     stages[-2].proof = stages[-1].proof
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text("12 counted")
+    stages += [
+        stage("nothing counted", "print('12 counted')", proof="12 c", proof_file=str(old)),
+        stage(
+            "counted", f"open({str(new)!r}, 'w').write('12 c')", proof="12 c", proof_file=str(new)
+        ),
+    ]
     reports: list[list[str]] = []
     gpu.run_stages(stages, 60, {}, log, lambda: reports.append([one.state for one in stages]))
     states = ["passed", "failed", "overran", "skipped", "failed", "failed", "passed", "passed"]
+    states += ["failed", "passed"]
     assert reports[-1] == states
     assert len(reports) == len(stages)
     assert stages[0].tail.strip() == "said"
     assert stages[1].exit_code == 7
     assert stages[5].exit_code == 0
     assert "passed" in stages[5].note
+    assert stages[8].note == "nothing in old.csv matches 12 c"
     assert "==== endless" in log.read_text()
     assert len(log.read_text()) < 3 * gpu.LOGGED_BYTES
     assert not gpu.passed(stages)
@@ -947,8 +980,14 @@ def test_gpu_run_checks_what_it_has_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip_works: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
-    say = "import os; print(os.environ['BATCHNORM_EXT_BACKEND'])"
-    build, jit = stage("build", f"raise SystemExit({int(not pip_works)})"), stage("jit", say)
+    monkeypatch.setenv("PYTHONPATH", "inherited")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    say = (
+        "import os; print(*map(os.environ.get, ('BATCHNORM_EXT_BACKEND', 'TORCH_CUDA_ARCH_LIST')))"
+    )
+    say += "; print(os.environ['PYTHONPATH'])"
+    build = stage("build", f"raise SystemExit({int(not pip_works)})")
+    jit = stage("jit", say, environment={"TORCH_CUDA_ARCH_LIST": "9.0"})
     monkeypatch.setattr(gpu, "_build_stages", lambda: (build, jit))
     monkeypatch.setattr(gpu, "_is_built", lambda: False)
     assert gpu.run_all(tmp_path, 60, [stage("tests", say)]) == (0 if pip_works else 1)
@@ -959,8 +998,26 @@ def test_gpu_run_checks_what_it_has_built(
     else:
         assert states == {"build": "failed", "jit": "passed", "tests": "passed"}
     assert found["passed"] is pip_works
-    assert found["stages"][-1]["tail"].strip() == ("prebuilt" if pip_works else "jit")
+    told, path = found["stages"][-1]["tail"].split("\n")[:2]
+    assert told == ("prebuilt None" if pip_works else "jit 9.0")
+    folders = [str(ROOT), str(gpu.SITE)] if pip_works else [str(ROOT)]
+    assert path.split(os.pathsep) == [*folders, "inherited"]
     assert found["environment"]["device"] == "Some GPU"
+
+
+def test_build_that_overran_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(gpu, "BUILD_SHARE", 0.05)
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
+    begun = tmp_path / "begun"
+    code = f"import pathlib, time; begun = pathlib.Path({str(begun)!r}); again = begun.exists(); "
+    build = stage("build", code + "begun.touch(); time.sleep(0 if again else 600)")
+    monkeypatch.setattr(gpu, "_build_stages", lambda: (build, stage("jit", "raise SystemExit(1)")))
+    monkeypatch.setattr(gpu, "_is_built", lambda: False)
+    assert gpu.run_all(tmp_path, 60, [stage("tests", "pass")]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [one["name"] for one in found["stages"]] == ["build", "tests"]
+    assert (tmp_path / "log.txt").read_text().count("==== build:") == 2
 
 
 def test_gpu_run_uses_what_was_built_for_the_same_sources(
@@ -1015,12 +1072,14 @@ def test_gpu_run_of_some_stages(
     assert "no stage layer; there are exercise, " in capsys.readouterr().err
 
 
-def test_what_stages_started_ends_with_the_run(tmp_path: Path) -> None:
-    """A stage has a session of its own, which the end of the run must reach."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_what_stages_started_ends_with_the_run(tmp_path: Path, number: signal.Signals) -> None:
+    """A stage has a session of its own, which the end of the run must reach, and what it started in turn."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     lasting = f"""
-import time
+import os, time
+os.fork()
 held = open({str(fifo)!r}, "w")
 print("here", end="", file=held, flush=True)
 time.sleep(60)
@@ -1034,10 +1093,10 @@ gpu.run_stages(stages, 600, {{}}, pathlib.Path({str(tmp_path / "log.txt")!r}), l
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     with fifo.open() as holders:
-        assert holders.read(8) == "herehere"
+        assert holders.read(16) == 4 * "here"
         start = time.monotonic()
-        process.terminate()
-        assert process.wait(30) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(30) == (128 + number if number == signal.SIGTERM else -number)
         assert holders.read() == ""  # the end, when nobody holds it open any more
     assert time.monotonic() - start < 30
 
@@ -1056,7 +1115,13 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     assert list(measuring) == ["device-limits", "layers", "traffic", "benchmark", "tuning"]
     assert measuring.pop("tuning").command[1:3] == ["-m", "benchmarks.tuning"]
     assert measuring.pop("device-limits").command[1:3] == ["-m", "benchmarks.device_limits"]
-    assert measuring.pop("traffic").command[0] == "/opt/ncu"
+    traffic = measuring.pop("traffic")
+    assert traffic.command[0] == "/opt/ncu"
+    assert traffic.command[traffic.command.index("--cache-control") + 1] == "none"
+    assert traffic.proof_file in traffic.command
+    counted = '"0","41","python3","127.0.0.1","batchnorm_ext::resident","dram__bytes_read.sum","byte","51"'
+    assert re.search(traffic.proof, counted)
+    assert not re.search(traffic.proof, "==ERROR== ERR_NVGPUCTRPERM - dram__bytes_read.sum")
     for one in measuring.values():
         commands.parser().parse_args([word.replace(gpu.SECONDS, "9") for word in one.command[3:]])
     checking = [one for one in stages if one.decides]
@@ -1072,7 +1137,13 @@ def test_gpu_stages_name_the_architecture_and_every_sanitizer(
         ends += ["ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors)"]
         assert any(re.search(one.proof, end) for end in ends)
         assert not re.search(one.proof, "RACECHECK SUMMARY: 10 hazards displayed (0 errors)")
-    assert set(tested[: len(gpu.FIRST_TESTS)]) == {f"tests/{name}" for name in gpu.FIRST_TESTS}
+    tests, system_tests = checking[1:3]
+    files = [word for word in tests.command if word.startswith("tests/")]
+    assert files[: len(gpu.FIRST_TESTS)] == [f"tests/{name}" for name in gpu.FIRST_TESTS]
+    assert files[-1] == f"tests/{gpu.LAST_TESTS}"
+    # What hangs is ended while there is time for what it has not reached.
+    assert min(tests.share, system_tests.share) > 2 * gpu.TEST_S
+    assert checking[0].share > gpu.STARTING_S + gpu.STALLED_S
     monkeypatch.setattr(gpu, "_tool", lambda name: "")
     absent = [one for one in gpu._checking_stages(tmp_path) if one.name in gpu.SANITIZERS]
     assert all(one.command == [] and "not found" in one.note for one in absent)
@@ -1223,6 +1294,65 @@ def test_exercise_goes_on_behind_a_case_that_costs_the_device(
     assert told[2] == "case 1 ended its process: 4"
     assert told[5] == "case 3 ended its process: -9"
     assert told[6:] == ["case 4: a", "case 5: b"]
+
+
+@pytest.mark.parametrize(
+    ("first_says", "ends", "told"),
+    [
+        ("", "raise ImportError", ["case -1 ended its process: 1", "case 0: a"]),
+        (
+            "case 0: a",
+            "raise MemoryError",
+            ["case 0: a", "case 0 ended its process: 1", "case 1: a"],
+        ),
+        (
+            "case 0: a",
+            "time.sleep(600)",
+            ["case 0: a", "case 0 ended its process: -9", "case 1: a"],
+        ),
+        ("case 0: a", f"sys.exit({gpu.EXIT_WRONG})", ["case 0: a"]),
+    ],
+    ids=["not started", "exception", "first case stalls", "wrong results"],
+)
+def test_exercise_goes_on_unless_it_came_to_its_end(
+    first_says: str,
+    ends: str,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = []
+
+    def stand_in(first: int, until: str) -> list[str]:
+        begun.append(first)
+        says, end = (first_says, ends) if len(begun) == 1 else (f"case {first}: a", "")
+        code = f"import sys, time; print({says!r}, flush=True); {end}"
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(gpu, "FIRST_CASE_S", 3)
+    monkeypatch.setattr(gpu, "_exercise_command", stand_in)
+    assert gpu.exercise_in_processes(time.time() + 120) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("case ")] == told
+
+
+def test_exercise_of_data_that_do_not_fit_is_a_failure_of_their_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(case: Case, device: str) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "make_problem", full)
+    failures = gpu.exercise("cpu", [SMALL, SMALL])
+    assert failures == [f"{SMALL} data: OutOfMemoryError: CUDA out of memory."] * 2
+
+
+def test_exercise_tells_wrong_results_from_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, code in (([], 0), (["wrong"], gpu.EXIT_WRONG)):
+        monkeypatch.setattr(gpu, "exercise", lambda *_, found=found: found)
+        assert gpu.main(["--exercise-from", "0"]) == code
+    assert gpu.EXIT_WRONG not in (0, 1, gpu.EXIT_LOST, gpu.EXIT_NO_GPU)
 
 
 def test_lost_device_is_told_from_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ from torch import nn
 import batchnorm_ext
 from batchnorm_ext.functional import batch_norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+    pytest.mark.timeout(120),  # compilers take theirs
+]
 
 
 @pytest.fixture(autouse=True)

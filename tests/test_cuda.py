@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,7 +47,35 @@ HELD_BY = {
     "residue": (9, 1, 4096, 2048),
     "streaming": (24, 1, 4096, 2048),
 }
-BY_HOLDER = pytest.mark.parametrize("shape", **every(HELD_BY))
+# Of tests with more elements, several at once would need more memory than there is.
+LARGE_ELEMENTS = 2**26
+BY_HOLDER = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(
+            shape, id=name, marks=[pytest.mark.large] if math.prod(shape) > LARGE_ELEMENTS else []
+        )
+        for name, shape in HELD_BY.items()
+    ],
+)
+# Tensors in float64, of the input's size, that a comparison with float64 holds at once.
+WIDE_TENSORS = 14
+
+
+@pytest.fixture(autouse=True)
+def _large_tests_take_turns(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Those of all processes of pytest-xdist, whose groups do not outlive the loss of a process."""
+    if request.node.get_closest_marker("large") is None:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with (tmp_path_factory.getbasetemp().parent / "large.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -54,6 +84,9 @@ BY_HOLDER = pytest.mark.parametrize("shape", **every(HELD_BY))
 @pytest.mark.parametrize("shape", **every(SHAPES))
 def test_large_shapes_against_float64_on_the_device(shape, dtypes, layout, training):
     """The oracle's formulas in float64 by torch, where extended precision on the CPU would take minutes."""
+    needed = WIDE_TENSORS * 8 * math.prod(shape) / 2**30
+    if not enough_memory(needed):
+        pytest.skip(f"needs {needed:.0f} GiB of free GPU memory")
     args = arguments(shape, *dtypes, device="cuda", layout=layout)
     wide = args.clone()
     for name, tensor in vars(args).items():
@@ -192,6 +225,7 @@ torch.save([y, *gradients, *module.buffers()], sys.argv[1])
 """
 
 
+@pytest.mark.timeout(120)  # of two processes, which start
 def test_launch_blocking(tmp_path):
     """CUDA_LAUNCH_BLOCKING changes when the host goes on, not what is computed."""
     results = []
@@ -387,6 +421,7 @@ HUGE = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("shape", "layout"), **every(HUGE))
 def test_more_than_2_to_31_elements(shape, layout):
     """A period that divides the data exactly, so the answer is known without a second tensor of that size."""
@@ -420,6 +455,7 @@ def test_more_than_2_to_31_elements(shape, layout):
         )
 
 
+@pytest.mark.large
 def test_backward_of_more_than_2_to_31_elements():
     if not enough_memory(32):
         pytest.skip("needs 32 GiB of free GPU memory")

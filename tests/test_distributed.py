@@ -34,6 +34,8 @@ from batchnorm_ext import (
 from batchnorm_ext.distributed import BatchNormActNd, BatchNormNd, SyncBatchNormFunction
 from benchmarks.models import basic_block
 
+pytestmark = pytest.mark.timeout(120)  # processes take theirs to start
+
 # How many samples each rank has: uneven, and with ranks that have none.
 PARTS = {1: (6,), 2: (4, 3), 3: (3, 0, 4), 4: (0, 2, 1, 5)}
 

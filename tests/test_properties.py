@@ -32,7 +32,11 @@ bounded = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+        HealthCheck.function_scoped_fixture,  # a device is the same for all examples
+    ],
 )
 DTYPE_PAIRS = [
     (torch.float64, torch.float64),
@@ -42,9 +46,6 @@ DTYPE_PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-DEVICES = ["cpu"] + (
-    ["cuda"] if torch.cuda.is_available() and os.environ.get("FORCE_ONLY_CPU") != "1" else []
-)
 shapes = st.tuples(
     st.integers(1, 9), st.integers(1, 40), st.lists(st.integers(1, 9), max_size=3).map(tuple)
 ).map(lambda parts: (*parts[:2], *parts[2]))
@@ -76,7 +77,6 @@ class Call:
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, torch.dtype]
-    device: str
     mean: float
     std: float
     seed: int
@@ -85,13 +85,13 @@ class Call:
     strides: tuple[Strides, Strides]
     options: dict[str, object]
 
-    def arguments(self) -> Arguments:
+    def arguments(self, device: str) -> Arguments:
         torch.manual_seed(self.seed)
         weight, bias, running = self.present
         args = arguments(
             self.shape,
             *self.dtypes,
-            device=self.device,
+            device=device,
             weight=weight,
             bias=bias,
             running=running,
@@ -124,7 +124,6 @@ def calls(draw, training: bool | None = None) -> Call:
     return Call(
         shape=shape,
         dtypes=draw(st.sampled_from(DTYPE_PAIRS)),
-        device=draw(st.sampled_from(DEVICES)),
         mean=draw(st.sampled_from([0.0, 0.5, -20.0])),
         std=draw(st.sampled_from([1.0, 0.01, 30.0])),
         seed=draw(st.integers(0, 2**31)),
@@ -141,8 +140,8 @@ def calls(draw, training: bool | None = None) -> Call:
 
 @bounded
 @given(calls())
-def test_any_call_matches_the_oracle(drawn):
-    check_call(drawn.arguments(), **drawn.options)
+def test_any_call_matches_the_oracle(device, drawn):
+    check_call(drawn.arguments(device), **drawn.options)
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,9 @@ fused_calls = calls().flatmap(lambda drawn: st.tuples(st.just(drawn), epilogues(
 
 @bounded
 @given(fused_calls)
-def test_any_fused_call_matches_the_oracle(drawn):
+def test_any_fused_call_matches_the_oracle(device, drawn):
     plain, epilogue = drawn
-    args = plain.arguments()
+    args = plain.arguments(device)
     residual = epilogue.residual_of(args)
     options = plain.options | epilogue.options
     # Where u is nearer to a jump of the derivative than its rounding, either gradient is right.
@@ -198,8 +197,8 @@ def test_any_fused_call_matches_the_oracle(drawn):
 
 @bounded
 @given(calls(training=True), st.integers(2, 4))
-def test_several_batches_move_the_statistics_as_the_oracle_does(drawn, count):
-    args, options = drawn.arguments(), drawn.options
+def test_several_batches_move_the_statistics_as_the_oracle_does(device, drawn, count):
+    args, options = drawn.arguments(device), drawn.options
     assume(args.running_mean is not None)
     for _ in range(count):
         expected = BatchNorm(args.x, None, None, args.running_mean, args.running_var, **options)
@@ -210,9 +209,9 @@ def test_several_batches_move_the_statistics_as_the_oracle_does(drawn, count):
 
 @bounded
 @given(shapes, st.sampled_from(DTYPE_PAIRS), st.floats(-1e4, 1e4), st.booleans())
-def test_constant_channels_give_exactly_the_bias(shape, dtypes, value, last):
+def test_constant_channels_give_exactly_the_bias(device, shape, dtypes, value, last):
     assume(shape[0] * math.prod(shape[2:]) > 1)
-    args = arguments(shape, *dtypes, requires_grad=False)
+    args = arguments(shape, *dtypes, device=device, requires_grad=False)
     args.x.fill_(value)
     if last:
         args.x = channels_last(args.x)
@@ -222,10 +221,10 @@ def test_constant_channels_give_exactly_the_bias(shape, dtypes, value, last):
 
 @bounded
 @given(calls())
-def test_repeated_calls_agree_to_the_bit(drawn):
+def test_repeated_calls_agree_to_the_bit(device, drawn):
     runs = []
     for _ in range(2):
-        args = drawn.arguments()
+        args = drawn.arguments(device)
         y = call(args, **drawn.options)
         gradients = torch.autograd.grad(y, differentiable(args), args.dy) if y.requires_grad else ()
         runs.append(
