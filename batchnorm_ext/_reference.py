@@ -107,10 +107,14 @@ def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.float64)
-    variance, mean = torch.var_mean(wide, reduced_dims(x), correction=0)
-    # Updated value by value, a mean becomes inf - inf = NaN where the mean of all values is infinite.
-    return torch.where(mean.isnan(), wide.mean(reduced_dims(x)), mean), variance
+    wide, dims = x.to(torch.float64), reduced_dims(x)
+    variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+    if x.dtype == torch.float64:
+        # Updated value by value, a mean collects roundings, which show where it is of no wider type.
+        mean = mean + (wide - mean).mean(dims, keepdim=True)
+    # And it becomes inf - inf = NaN where the mean of all values is infinite.
+    mean = torch.where(mean.isnan(), wide.mean(dims, keepdim=True), mean)
+    return mean.flatten(), variance.flatten()
 
 
 def _factor(momentum: float | None, counter: Tensor | None) -> float | Tensor:
