@@ -67,14 +67,6 @@ TOLERANCES = {
 }
 
 
-def beside_torch(device: str) -> dict[str, float]:
-    """How far a result may be from torch's, as options of ``assert_close``: its defaults on the CPU.
-
-    On a GPU torch's own result is a few roundings off, and those of terms that cancel are large against their sum.
-    """
-    return {"rtol": 1e-5, "atol": 1e-4} if device == "cuda" else {}
-
-
 def allowed(
     quantity: str, expected: Exact, stored: torch.dtype, accumulate: torch.dtype
 ) -> np.ndarray:
