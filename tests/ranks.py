@@ -87,6 +87,8 @@ class Ranks:
 
 def _serve(rank: int, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
+    # Or a rank whose function communicates with nobody could leave while the others still connect to it.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     pipe.send_bytes(b"started")
     while True:
         try:
