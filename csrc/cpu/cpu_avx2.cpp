@@ -176,30 +176,18 @@ BN_HOST_DEVICE void store_word(void* p, int64_t count, uint64_t word) {
 }
 
 template <class E>
-BN_HOST_DEVICE F32 load_first_halves(const E* p, int64_t count, F32 rest) {
+BN_HOST_DEVICE F32 load_first(const E* p, int64_t count, F32 rest) {
   const int64_t low = count < 4 ? count : 4;
   const __m128i bits =
       _mm_set_epi64x(static_cast<int64_t>(load_word(p + low, count - low)), static_cast<int64_t>(load_word(p, low)));
   return F32(_mm256_blendv_ps(rest.v, widen_bits(bits, E{}).v, _mm256_castsi256_ps(first_lanes(count, 4))));
 }
 template <class E>
-BN_HOST_DEVICE void store_first_halves(E* p, int64_t count, F32 a) {
+BN_HOST_DEVICE void store_first(E* p, int64_t count, F32 a) {
   const __m128i bits = narrow_bits(a, E{});
   const int64_t low = count < 4 ? count : 4;
   store_word(p, low, static_cast<uint64_t>(_mm_cvtsi128_si64(bits)));
   store_word(p + low, count - low, static_cast<uint64_t>(_mm_extract_epi64(bits, 1)));
-}
-BN_HOST_DEVICE F32 load_first(const float16* p, int64_t count, F32 rest) {
-  return load_first_halves(p, count, rest);
-}
-BN_HOST_DEVICE F32 load_first(const bfloat16* p, int64_t count, F32 rest) {
-  return load_first_halves(p, count, rest);
-}
-BN_HOST_DEVICE void store_first(float16* p, int64_t count, F32 a) {
-  store_first_halves(p, count, a);
-}
-BN_HOST_DEVICE void store_first(bfloat16* p, int64_t count, F32 a) {
-  store_first_halves(p, count, a);
 }
 
 }  // namespace batchnorm_ext::cpu::avx2

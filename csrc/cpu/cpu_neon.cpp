@@ -118,7 +118,7 @@ BN_HOST_DEVICE void store_first(double* p, int64_t, F64 a) {
 }
 
 template <class E>
-BN_HOST_DEVICE F32 load_first_halves(const E* p, int64_t count, F32 rest) {
+BN_HOST_DEVICE F32 load_first(const E* p, int64_t count, F32 rest) {
   const uint16_t* const from = bits_of(p);
   uint16x4_t bits = vld1_lane_u16(from, vdup_n_u16(0), 0);
   if (count > 1) bits = vld1_lane_u16(from + 1, bits, 1);
@@ -128,24 +128,12 @@ BN_HOST_DEVICE F32 load_first_halves(const E* p, int64_t count, F32 rest) {
   return from_neon(vbslq_f32(is_first, to_neon(widen_bits(bits, E{})), to_neon(rest)));
 }
 template <class E>
-BN_HOST_DEVICE void store_first_halves(E* p, int64_t count, F32 a) {
+BN_HOST_DEVICE void store_first(E* p, int64_t count, F32 a) {
   uint16_t* const to = bits_of(p);
   const uint16x4_t bits = narrow_bits(a, E{});
   vst1_lane_u16(to, bits, 0);
   if (count > 1) vst1_lane_u16(to + 1, bits, 1);
   if (count > 2) vst1_lane_u16(to + 2, bits, 2);
-}
-BN_HOST_DEVICE F32 load_first(const float16* p, int64_t count, F32 rest) {
-  return load_first_halves(p, count, rest);
-}
-BN_HOST_DEVICE F32 load_first(const bfloat16* p, int64_t count, F32 rest) {
-  return load_first_halves(p, count, rest);
-}
-BN_HOST_DEVICE void store_first(float16* p, int64_t count, F32 a) {
-  store_first_halves(p, count, a);
-}
-BN_HOST_DEVICE void store_first(bfloat16* p, int64_t count, F32 a) {
-  store_first_halves(p, count, a);
 }
 
 }  // namespace batchnorm_ext::cpu::neon

@@ -200,7 +200,7 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
 #endif
 
 // The first `count` < lanes elements, the other lanes from `rest`.
-#if !defined(BN_CPU_HAS_MASKS)
+#if !defined(BN_CPU_HAS_CONVERSIONS)
 template <class E>
 BN_HOST_DEVICE Vec<accumulate_t<E>> load_first(const E* p, int64_t count, Vec<accumulate_t<E>> rest) {
   using A = accumulate_t<E>;
