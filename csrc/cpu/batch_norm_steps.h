@@ -546,7 +546,7 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
                   (dx != nullptr ? 1 : 0) + (dresidual != nullptr ? 1 : 0)};
   if (source == GradientSource::any && params.epilogue.residual != nullptr) ++traffic.inputs;
   traffic.in_place = dx != nullptr && (dx == dy || dx == x);
-  traffic.masked = source == GradientSource::mask;
+  traffic.masked = traffic.masked_sums = source == GradientSource::mask;
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   const Steps steps{wants_sums, writes && !fused};

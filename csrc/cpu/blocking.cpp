@@ -13,14 +13,17 @@ constexpr int64_t shared_cache = 16 << 20;    // half of a 32 MB third-level cac
 // What a call may move before results are better written past a third-level cache of 32 MB: what is read once has room
 // beside them, what is read again should not be pushed out, least of all several tensors.
 constexpr int64_t held_once = 48 << 20, held_input = 27 << 20, held_inputs = 24 << 20;
-// Contiguous bytes below which a block is read slower than it saves: from a core's own cache, and from beyond.
-constexpr int64_t shortest_near_run = 256, shortest_run = 2 << 10;
+// Contiguous bytes below which a block is read slower than it saves: from a core's own cache, and from memory, of all
+// inputs.
+constexpr int64_t shortest_near_run = 256, shortest_runs = 16 << 10;
 constexpr int64_t parallel_bytes = 64 << 10;  // a task must move this much to be worth a thread
-// Elements of a channel below which vectors run across channels instead of along it, if there are so many rows to share
-// what that takes: the coefficients of each column, and adding up the columns of each channel.
-constexpr int64_t shortest_plane = 64, rows_for_planes = 16;
-constexpr int64_t rows_for_two_vectors = 4;  // the same below two vectors
-constexpr int64_t page = 4 << 10;            // cores fetch the lines behind those they use, but not across pages
+// Vectors run across channels instead of along planes of less than one vector, or two if so many rows share what that
+// takes: the coefficients of each column. Planes of exactly one vector take less.
+constexpr int64_t rows_for_two_vectors = 4;
+// Sums have one coefficient and write nothing, so that their vectors run across channels also where planes are longer,
+// if so many rows share what adding up the columns of each channel takes.
+constexpr int64_t shortest_summed_plane = 64, rows_for_summed_planes = 64;
+constexpr int64_t page = 4 << 10;  // cores fetch the lines behind those they use, but not across pages
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -62,49 +65,47 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   const int64_t tensor_bytes = shape.elements() * element_size;
   const int64_t channel_bytes = shape.samples() * element_size * traffic.inputs;
   const int64_t run_bytes = shape.inner * element_size;  // of one channel
-  // A channel's columns are worth adding up, but not worth a coefficient each. Masks are the same in all calls.
-  const bool sums = traffic.sums || traffic.masked;
-  const int64_t shortest = shape.outer >= rows_for_planes && sums ? shortest_plane
-                           : shape.outer >= rows_for_two_vectors  ? 2 * lanes
-                                                                  : lanes;
-  blocking.columns = shape.inner < shortest;
+  const int64_t shortest = shape.outer >= rows_for_two_vectors ? 2 * lanes : lanes;
+  blocking.columns = shape.inner < shortest && (shape.inner != lanes || traffic.masked);
+  const bool summed_by_many = shape.outer >= rows_for_summed_planes && !traffic.masked_sums;  // the mask has one view
+  blocking.sums_by_columns = shape.inner < (summed_by_many ? std::max(shortest, shortest_summed_plane) : shortest);
+  const bool masked_columns = blocking.columns && traffic.masked;
+  const bool columns = traffic.sums ? blocking.sums_by_columns : blocking.columns;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;
   const bool reads_more = traffic.inputs + traffic.late_inputs > traffic.outputs;
   const int64_t cached = !traffic.sums_first ? held_once : reads_more ? held_inputs : held_input;
   blocking.backwards = traffic.sums_first;
   blocking.stream = traffic.outputs > 0 && !traffic.in_place && tensor_bytes * tensors > cached;
 
-  const int64_t widest = blocking.columns ? max_columns / shape.inner
-                         : traffic.sums   ? max_block_channels
-                                          : shape.channels;
+  const int64_t widest = columns ? max_columns / shape.inner : traffic.sums ? max_block_channels : shape.channels;
   const int64_t affordable = std::max<int64_t>(1, tensor_bytes * tensors / parallel_bytes);
   const int64_t tasks = std::min(threads, affordable);
 
   // Tasks that own whole channels read the sums' input again from their cache, if enough contiguous channels fit there.
-  // Rows of columns are contiguous only across all channels, and from memory longer runs are wanted to leave that
-  // order.
   const bool whole_bytes = row_elements % 8 == 0;  // of each row of the columns view
-  int64_t unit = blocking.columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
-  if (blocking.columns && traffic.masked) unit = ceil_div(unit, 8) * 8;
+  int64_t unit = columns ? std::max<int64_t>(1, cache_line / run_bytes) : 1;
+  if (masked_columns) unit = ceil_div(unit, 8) * 8;
   const int64_t share = ceil_div(ceil_div(shape.channels, unit), tasks) * unit;  // channels of the largest task
   const bool balanced = share * tasks * 3 <= shape.channels * 4;
   const int64_t fitting = std::max<int64_t>(1, private_cache / channel_bytes);
   int64_t block = std::min({fitting, widest, share});
   if (block > unit) block -= block % unit;
   // Of the lines of a row, a share of the columns is always the same ones, which fall on a part of the cache's sets.
-  const bool near = share * channel_bytes <= (blocking.columns ? private_cache / 2 : private_cache);
-  const bool from_memory = blocking.columns && tensor_bytes * tensors > shared_cache;
-  const bool long_runs = block * run_bytes >= (near ? shortest_near_run : (from_memory ? 2 : 1) * shortest_run);
+  const bool near = share * channel_bytes <= (columns ? private_cache / 2 : private_cache);
+  // What the shared cache holds is sooner read twice in memory's order than once out of it.
+  const bool held = tensor_bytes * traffic.inputs <= shared_cache;
+  const bool long_runs =
+      near ? block * run_bytes >= shortest_near_run : !held && block * run_bytes * traffic.inputs >= shortest_runs;
   const bool resident = block * channel_bytes * tasks <= shared_cache;
   const bool few_samples = shape.outer < 2 * tasks;  // too few to share evenly
   if (!traffic.sums_first) block = std::min(widest, share);
-  if (blocking.columns && traffic.masked) block = std::max(unit, block - block % unit);
+  if (masked_columns) block = std::max(unit, block - block % unit);
   blocking.split_samples = traffic.sums_first ? !(balanced && long_runs && resident) : !(balanced && few_samples);
   // Rows with bits left over have theirs seen in one way only, which is that of shared samples.
-  if (blocking.columns && traffic.masked && !whole_bytes) blocking.split_samples = true;
+  if (masked_columns && !whole_bytes) blocking.split_samples = true;
   blocking.repeat = 1;
-  blocking.result_channels = std::min(widest, shape.channels);
-  if (blocking.columns && traffic.masked && widest < shape.channels) blocking.result_channels -= widest % 8;
+  blocking.result_channels = blocking.columns ? std::min(widest, shape.channels) : shape.channels;
+  if (masked_columns && widest < shape.channels) blocking.result_channels -= widest % 8;
   if (!blocking.split_samples) {
     blocking.tasks = std::min(tasks, ceil_div(shape.channels, unit));
     blocking.channel_unit = unit;
@@ -119,13 +120,13 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
 
   // The whole row is walked at once, so a few rows of few channels may be seen as one row of whole vectors.
   blocking.split_results = true;
-  blocking.block_channels = blocking.result_channels;
-  if (blocking.columns && blocking.block_channels == shape.channels) {
+  blocking.block_channels = std::min(widest, blocking.result_channels);
+  if (columns && blocking.block_channels == shape.channels) {
     const int64_t period = lanes / std::gcd(row_elements, lanes);
     if (period * row_elements <= max_columns / 2) blocking.repeat = period;
     while (blocking.repeat * row_elements < 64 && blocking.repeat * 16 < shape.outer) blocking.repeat *= 2;
   }
-  const bool whole_rows = blocking.columns || shape.outer >= 4 * tasks;
+  const bool whole_rows = columns || shape.outer >= 4 * tasks;
   blocking.channel_unit = cache_line;
   blocking.sample_unit = whole_rows ? shape.inner * blocking.repeat : cache_line;
   blocking.tasks = std::min(tasks, ceil_div(shape.samples(), blocking.sample_unit));

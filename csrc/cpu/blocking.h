@@ -32,7 +32,7 @@ constexpr int64_t mask_row_bytes(int64_t elements) {
 // Tasks own whole channels, or, when split_samples, a share of the samples of all channels. When split_results, results
 // are by samples also where sums are by channels.
 struct Blocking {
-  bool columns;
+  bool columns, sums_by_columns;  // the view of results and masks, and of sums
   int64_t repeat;
   bool split_samples, split_results;
   int64_t tasks;
@@ -62,7 +62,7 @@ constexpr int64_t max_columns = 1024;
 
 // What a call does with tensors of one shape: how many it reads, whether it sums over the samples of a channel, whether
 // the sums must be complete before it reads again; how many more it reads only then, how many it writes, and of these,
-// whether they are others than what it reads; whether a mask goes with them.
+// whether they are others than what it reads; whether a mask goes with results, and with sums.
 struct Traffic {
   int64_t inputs;
   bool sums;
@@ -70,7 +70,7 @@ struct Traffic {
   int64_t outputs;
   int64_t late_inputs = 0;
   bool in_place = false;
-  bool masked = false;
+  bool masked = false, masked_sums = false;
 };
 
 // Where calls have a mask, its rows of bits are the planes, or the rows of the columns view, each padded to whole

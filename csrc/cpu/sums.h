@@ -398,7 +398,7 @@ BN_CPU_NOINLINE void sum_columns(const Sum& sum, const Shape& shape, int64_t rep
 // The end of the slab that starts at sample `begin`: as much as is summed before merging in double.
 template <class A>
 inline int64_t slab_end(const Shape& shape, const Blocking& blocking, int64_t begin, int64_t end) {
-  if (blocking.columns) return min(end, begin + rows_per_sum * blocking.repeat * shape.inner);
+  if (blocking.sums_by_columns) return min(end, begin + rows_per_sum * blocking.repeat * shape.inner);
   const int64_t plane_begin = begin - begin % shape.inner;
   const int64_t planes = min(planes_per_sum, samples_per_sum<A> / shape.inner);
   if (planes == 0) return min(min(end, plane_begin + shape.inner), begin + samples_per_sum<A>);
@@ -409,7 +409,7 @@ template <class Sum, class E, class A, class Merge>
 inline void sum_slab(const Sum& sum, const Shape& shape, const Blocking& blocking, Inputs<E, Sum::inputs> in,
                      const uint8_t* mask, Range channels, Range slab, const Coefficients<A>& coefficients,
                      Merge merge) {
-  if (blocking.columns) {
+  if (blocking.sums_by_columns) {
     sum_columns<Sum>(sum, shape, blocking.repeat, in, mask, channels, slab, coefficients, merge);
   } else {
     sum_planes<Sum>(sum, shape, in, mask, channels, slab, coefficients, merge);
