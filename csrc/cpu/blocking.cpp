@@ -93,7 +93,8 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   // Of the lines of a row, a share of the columns is always the same ones, which fall on a part of the cache's sets.
   const bool near = share * channel_bytes <= (columns ? private_cache / 2 : private_cache);
   // What the shared cache holds is sooner read twice in memory's order than once out of it.
-  const bool held = tensor_bytes * traffic.inputs <= shared_cache;
+  const bool whole_rows = columns || shape.outer >= 4 * tasks;  // else shares of the samples begin within planes
+  const bool held = tensor_bytes * traffic.inputs <= shared_cache && whole_rows;
   const bool long_runs =
       near ? block * run_bytes >= shortest_near_run : !held && block * run_bytes * traffic.inputs >= shortest_runs;
   const bool resident = block * channel_bytes * tasks <= shared_cache;
@@ -126,7 +127,6 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
     if (period * row_elements <= max_columns / 2) blocking.repeat = period;
     while (blocking.repeat * row_elements < 64 && blocking.repeat * 16 < shape.outer) blocking.repeat *= 2;
   }
-  const bool whole_rows = columns || shape.outer >= 4 * tasks;
   blocking.channel_unit = cache_line;
   blocking.sample_unit = whole_rows ? shape.inner * blocking.repeat : cache_line;
   blocking.tasks = std::min(tasks, ceil_div(shape.samples(), blocking.sample_unit));
