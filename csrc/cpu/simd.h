@@ -199,7 +199,7 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
 }
 #endif
 
-// The first `count` < lanes elements, the other lanes from `rest`.
+// The first `count` < lanes elements, the other lanes from `rest`. Instruction sets with conversions bring their own.
 #if !defined(BN_CPU_HAS_CONVERSIONS)
 template <class E>
 BN_HOST_DEVICE Vec<accumulate_t<E>> load_first(const E* p, int64_t count, Vec<accumulate_t<E>> rest) {
