@@ -11,6 +11,7 @@
 
 #ifdef BATCHNORM_EXT_WITH_CUDA
 #include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
 #endif
 
 namespace batchnorm_ext::bindings {
@@ -48,8 +49,9 @@ inline bool is_invertible(const Tensor& input, const Tensor& weight, const Tenso
     return false;
   }
 #ifdef BATCHNORM_EXT_WITH_CUDA
-  if (input.is_cuda() && c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return false;
+  if (input.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(input.device());
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return false;
   }
 #endif
   const auto on_host = [](const Tensor& vector) { return vector.defined() ? vector.cpu().contiguous() : vector; };

@@ -248,7 +248,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     consent.cluster = value ? 16 : 8;
   } else {
-    if (value > emulation::device.shared_bytes_per_block) return cudaErrorInvalidValue;
+    if (value < 0 || value > emulation::device.shared_bytes_per_block) return cudaErrorInvalidValue;
     consent.shared_bytes = static_cast<size_t>(value);
   }
   return cudaSuccess;

@@ -11,6 +11,7 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) half_of_a_mult
 // Zero where the device has no such clusters, or too few multiprocessors beside each other.
 int active_clusters(int size, const DeviceLimits& limits) {
   const int64_t shared_bytes = resident_shared_bytes(limits);
+  if (shared_bytes <= 0) return 0;
   const bool allowed =
       size <= kPortableCluster ||
       cudaFuncSetAttribute(half_of_a_multiprocessor, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
