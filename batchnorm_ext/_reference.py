@@ -462,6 +462,25 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
             raise RuntimeError(f"residual must have the {what} of input, {expected}, got {actual}")
 
 
+def check_mask(mask: Tensor, input: Tensor) -> None:
+    """Refuse what is no mask of the samples of `input`: bool, of its shape without the channel dimension."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    expected = [size for dim, size in enumerate(input.shape) if dim != 1]
+    if list(mask.shape) != expected:
+        raise RuntimeError(
+            f"mask must have the shape of input without its channels, {expected}, got {list(mask.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        raise RuntimeError(
+            f"mask must be of type Bool, true where a sample counts, got {_name(mask.dtype)}"
+        )
+    if mask.device != input.device:
+        raise RuntimeError(
+            f"mask must be on {input.device} (the device of input), got {mask.device}"
+        )
+
+
 def is_passing(activation: str) -> bool:
     """Return whether one bit an element, whether it passes, is all that the derivative depends on."""
     return activation in ("relu", "relu6", "leaky_relu")
@@ -572,19 +591,43 @@ def described_signature(number: int) -> str:
     return f"{channels} channels of {str(_DTYPES[dtype]).removeprefix('torch.')}"
 
 
-def channel_statistics(input: Tensor) -> Tensor:
-    """Return the batch's statistics record, float64 of shape (2 C + 2,): signature, count, means, m2s."""
+def channel_statistics(input: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the batch's statistics record, float64 of shape (2 C + 2,): signature, count, means, m2s.
+
+    `counted`, bool and of the shape of `input` without its channels, says which samples it is of.
+    """
     _check_input(input)
     channels = input.size(1)
     samples = input.numel() // channels if channels else 0
-    record = torch.zeros(RECORD_HEADER + 2 * channels, dtype=torch.float64, device=input.device)
-    record[0] = signature(input)
-    record[1] = samples
-    if samples > 0:
+    header = torch.zeros(RECORD_HEADER, dtype=torch.float64, device=input.device)
+    header[0] = signature(input)
+    header[1] = samples
+    if samples == 0:
+        return torch.cat((header, header.new_zeros(2 * channels)))
+    if counted is None:
         mean, variance = _mean_and_variance(input)
-        record[RECORD_HEADER : RECORD_HEADER + channels] = mean
-        record[RECORD_HEADER + channels :] = variance * samples
-    return record
+        return torch.cat((header, mean, variance * samples))
+    header[1] = counted.sum()
+    mean, variance = counted_statistics(input, counted)
+    return torch.cat((header, mean, variance * header[1]))
+
+
+def counted_statistics(input: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance in float64 of the samples that are counted, zeros of none, differentiably."""
+    dims, places = reduced_dims(input), counted.unsqueeze(1)
+    divisor = counted.sum(dtype=torch.float64).clamp(min=1.0)
+
+    def mean_of(values: Tensor) -> Tensor:
+        return torch.where(places, values, 0.0).sum(dims) / divisor
+
+    wide = input.double()
+    mean = mean_of(wide)
+    centred = wide - per_channel(mean, wide)
+    if input.dtype == torch.float64:  # what a sum of values far from zero has rounded
+        correction = mean_of(centred)
+        mean = torch.where(correction.isfinite(), mean + correction, mean)
+        centred = wide - per_channel(mean, wide)
+    return mean, mean_of(centred.square())
 
 
 def finalize_statistics(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import _operators, _reference
 from ._extension import backend
 from .autograd import BatchNormActFunction, BatchNormFunction, is_recomputing
+from .stepwise import StepwiseBatchNormFunction, differentiable_batch_norm
 
 __all__ = ["batch_norm", "batch_norm_act"]
 
@@ -32,6 +33,8 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Apply batch normalisation to each channel; a drop-in for `torch.nn.functional.batch_norm`.
 
@@ -54,6 +57,9 @@ def batch_norm(
         Weight of this batch in the running statistics.
     eps : float
         Added to the variance for numerical stability.
+    mask : bool Tensor of shape (N, ...), optional
+        In training, the samples that mean and variance are of: false where a sequence or an image is padded. What does
+        not count is normalised with the same mean and variance. Without effect in evaluation.
 
     Returns
     -------
@@ -63,16 +69,28 @@ def batch_norm(
     Raises
     ------
     ValueError
-        One value per channel in training; `eps` out of range; only one of the running statistics given.
+        One value per channel in training, or a mask on the CPU that counts less than two; `eps` out of range; only one
+        of the running statistics given.
     RuntimeError
-        A vector that has not one value per channel, or has a dtype or device that does not go with `input`; running
-        statistics missing in evaluation, or requiring a gradient. No buffer changes.
+        A vector that has not one value per channel, or has a dtype or device that does not go with `input`; a mask of
+        another shape, dtype or device; running statistics missing in evaluation, or requiring a gradient. No buffer changes.
     NotImplementedError
         A dtype that batch norm does not exist for.
     TypeError
         `training` is no bool; `momentum` is no number: the cumulative average, ``momentum=None``, is the modules'.
+
+    Notes
+    -----
+    With a mask on a GPU, forward writes and reads two temporary tensors of the input's size first. The host does not wait
+    to see there that a mask counts less than two samples: one of none leaves the running statistics alone, and of a
+    single sample the unbiased variance is not finite.
     """
     _check_types("batch_norm", training, momentum)
+    if mask is not None:
+        return batch_norm_act_with_counter(
+            *(input, None, running_mean, running_var, weight, bias, None, training, momentum, eps),
+            *(False, "identity", 0.0, False, mask),
+        )
     return batch_norm_with_counter(
         input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
     )
@@ -92,6 +110,7 @@ def batch_norm_act(
     activation: str = "relu",
     negative_slope: float = 0.01,
     inplace: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Apply ``activation(batch_norm(input) + residual)`` in one pass over the data each way.
 
@@ -114,8 +133,10 @@ def batch_norm_act(
         pass that needs it. Only with activations that can be inverted: identity, leaky_relu with a positive slope,
         and elu. A permission, not a promise: the call runs out of place where gradients could not be computed from the
         output as exactly as from the input. In training those are calls with a residual, 16-bit types, a channel
-        with ``|bias| > 4 |weight|`` or zero weight, and nearly all with elu (docs/numerics.md has the rule). On a GPU
-        the host waits for the parameters to know.
+        with ``|bias| > 4 |weight|`` or zero weight, and nearly all with elu (docs/numerics.md has the rule), and those
+        with a mask. On a GPU the host waits for the parameters to know.
+    mask : bool Tensor of shape (N, ...), optional
+        As in `batch_norm`.
 
     Returns
     -------
@@ -149,6 +170,7 @@ def batch_norm_act(
         activation,
         negative_slope,
         inplace,
+        mask,
     )
 
 
@@ -242,6 +264,7 @@ def batch_norm_act_with_counter(
     activation: str,
     negative_slope: float,
     inplace: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Apply `batch_norm_act`; in training also count the batch, which ``momentum=None`` needs."""
     call = (
@@ -256,6 +279,12 @@ def batch_norm_act_with_counter(
         eps,
         skip_nonfinite,
     )
+    if mask is not None:
+        _reference.check_mask(mask, input)
+        if training:
+            return _masked_batch_norm_act(
+                mask, residual, *call, activation, negative_slope, inplace
+            )
     if residual is None and activation == "identity" and not inplace:
         return batch_norm_with_counter(*call)
     if not torch.compiler.is_compiling():
@@ -273,10 +302,7 @@ def batch_norm_act_with_counter(
     if not _kernels_apply(
         input, running_mean, running_var, weight, bias, num_batches_tracked, residual
     ):
-        output = _torch_batch_norm(*call)
-        if residual is not None:
-            output = output + residual
-        return _reference.activate(output, activation, negative_slope)
+        return _torch_epilogue(_torch_batch_norm(*call), residual, activation, negative_slope)
     _check_call(input, running_mean, running_var, training, eps)
     if training and not torch.compiler.is_compiling() and is_recomputing():
         running_mean = running_var = num_batches_tracked = None
@@ -298,6 +324,62 @@ def batch_norm_act_with_counter(
     if _needs_grad(input, residual, weight, bias):
         return BatchNormActFunction.apply(*arguments)
     return _operators.forward_act(*arguments, False)[0]
+
+
+def _torch_epilogue(
+    output: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+) -> Tensor:
+    if residual is not None:
+        output = output + residual
+    return _reference.activate(output, activation, negative_slope)
+
+
+def _masked_batch_norm_act(
+    mask: Tensor,
+    residual: Tensor | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool,
+    activation: str,
+    negative_slope: float,
+    inplace: bool,
+) -> Tensor:
+    check_activation(activation, negative_slope, inplace)
+    _reference.check_residual(residual, input)
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        _reference.check_channel_vector(name, vector, input)
+    _check_call(input, running_mean, running_var, training, eps)
+    native = _kernels_apply(
+        *(input, running_mean, running_var, weight, bias, num_batches_tracked, residual, mask)
+    )
+    if not torch.compiler.is_compiling():
+        if native and mask.is_cpu and input.numel() > 0 and (counted := int(mask.sum())) < 2:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {counted} that the mask counts of an "
+                f"input of size {input.size()}"
+            )
+        if is_recomputing():
+            running_mean = running_var = num_batches_tracked = None
+    running = (running_mean, running_var, num_batches_tracked, momentum, eps, skip_nonfinite)
+    if native:
+        return StepwiseBatchNormFunction.apply(
+            *(input, residual, mask, weight, bias, *running, activation, negative_slope),
+            *(native, None, 1),
+        )
+    output = differentiable_batch_norm(input, mask, weight, bias, *running)
+    return _torch_epilogue(output, residual, activation, negative_slope)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

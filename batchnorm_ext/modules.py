@@ -57,10 +57,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if skip_nonfinite:
             self.skip_nonfinite = True
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise `input`, of the shape the class documents, in its dtype and memory order.
+
+        `mask`, bool and of the shape of `input` without its channels, says which samples count in training.
+        """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
-            return self._traced(input)
+            return self._traced(input, mask=mask)
+        if mask is not None:
+            return self._forward_act(input, None, "identity", 0.0, mask=mask)
         self._check_input_dim(input)
         call = self._call()
         if not is_compiling():
@@ -77,17 +82,20 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: str,
         negative_slope: float,
         inplace: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Return ``activation(forward(input) + residual)`` in one call."""
+        """Return ``activation(forward(input, mask) + residual)`` in one call."""
         self._check_input_dim(input)
-        epilogue = activation, negative_slope, inplace
+        epilogue = activation, negative_slope, inplace, mask
         return batch_norm_act_with_counter(input, residual, *(*self._call(), *epilogue))
 
-    def _traced(self, input: torch.fx.Proxy, *others: Any) -> Any:
+    def _traced(self, input: torch.fx.Proxy, residual: Any = None, *, mask: Any = None) -> Any:
         # A symbolic trace keeps the module whole, as it keeps torch's.
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)
-        return tracer.create_proxy("call_module", path, (input, *others), {})
+        arguments = (input,) if residual is None else (input, residual)
+        options = {} if mask is None else {"mask": mask}
+        return tracer.create_proxy("call_module", path, arguments, options)
 
     def _call(self) -> tuple[Any, ...]:
         """Return what `batch_norm_with_counter` takes behind its input."""
@@ -227,7 +235,8 @@ _DIFFERENCES = """
     skip_nonfinite : bool, keyword-only
         Leave the running statistics of a channel alone when its batch mean or variance is not finite.
 
-    Shape: input and output {shapes}.
+    Shape: input and output {shapes}. ``forward`` has a keyword argument `mask`, as
+    `batchnorm_ext.functional.batch_norm` has: the samples that count, of the shape of the input without its channels.
 
     ``half()``, ``bfloat16()`` and ``to`` a 16-bit dtype leave the running statistics in float32; ``dtype=`` above and
     assignment make them 16-bit.
@@ -272,12 +281,17 @@ class _BatchNormAct(_BatchNorm):
         super().__init__(num_features, *arguments, **options)
         self.activation, self.negative_slope, self.inplace = activation, negative_slope, inplace
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return ``activation(batch_norm(input) + residual)``, in the dtype and memory order of `input`."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return ``activation(batch_norm(input) + residual)``, in the dtype and memory order of `input`.
+
+        `mask` says which samples count, as in `BatchNorm2d`.
+        """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
-            return self._traced(input, *(() if residual is None else (residual,)))
+            return self._traced(input, residual, mask=mask)
         return self._forward_act(
-            input, residual, self.activation, self.negative_slope, self.inplace
+            input, residual, self.activation, self.negative_slope, self.inplace, mask
         )
 
     def extra_repr(self) -> str:
@@ -309,7 +323,7 @@ _ADDITIONS = """
     ValueError
         An unknown activation; `inplace` with one that cannot be inverted.
 
-    Shape: input, residual (an optional second argument of forward) and output {shapes}.
+    Shape: input, residual (an optional second argument of forward) and output {shapes}; `mask` as in :class:`{name}`.
     """
 
 

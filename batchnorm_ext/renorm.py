@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _operators, _reference
 from .autograd import is_recomputing
-from .functional import _kernels_apply, batch_norm_with_counter
+from .functional import _kernels_apply, batch_norm_act_with_counter, batch_norm_with_counter
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -19,6 +19,7 @@ __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 @torch.no_grad()
 def _corrections(
     input: Tensor,
+    mask: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
@@ -26,13 +27,10 @@ def _corrections(
     d_max: float,
 ) -> tuple[Tensor, Tensor]:
     """Return r and d of Ioffe (2017), section 3: what leads from the batch's statistics to the running ones."""
-    if _kernels_apply(input, running_mean, running_var):
-        record = _operators.steps().channel_statistics(input)
-        moments = record[_reference.RECORD_HEADER :]
-        mean, m2 = moments.split(input.size(1))
-        variance = m2 / record[1]
-    else:
-        mean, variance, _ = _reference.batch_statistics(input, eps)
+    native = _kernels_apply(input, running_mean, running_var, mask)
+    record = (_operators.steps() if native else _reference).channel_statistics(input, mask)
+    mean, m2 = record[_reference.RECORD_HEADER :].split(input.size(1))
+    variance = m2 / record[1]
     running_inv_std = (running_var.double() + eps).rsqrt()
     r = ((variance + eps).sqrt() * running_inv_std).clamp(1.0 / r_max, r_max)
     d = ((mean - running_mean) * running_inv_std).clamp(-d_max, d_max)
@@ -66,15 +64,20 @@ class _BatchRenorm(_BatchNorm):
         if not self.d_max >= 0.0:
             raise ValueError(f"d_max must not be negative, got {self.d_max}")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input`, of the shape the class documents, in its dtype and memory order."""
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalise `input`, of the shape the class documents, in its dtype and memory order.
+
+        `mask` says which samples count, as in `BatchNorm2d`.
+        """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
-            return self._traced(input)
-        self._check_input_dim(input)
+            return self._traced(input, mask=mask)
         running_mean, running_var, weight, bias, *rest = self._call()
         if not self.training or running_mean is None or input.numel() == 0:
-            return batch_norm_with_counter(input, running_mean, running_var, weight, bias, *rest)
+            return super().forward(input, mask=mask)
+        self._check_input_dim(input)
         self._check_bounds()
+        if mask is not None:
+            _reference.check_mask(mask, input)
         for name, vector in (
             ("running_mean", running_mean),
             ("running_var", running_var),
@@ -86,7 +89,7 @@ class _BatchRenorm(_BatchNorm):
         corrections = self._last_corrections if eager and is_recomputing() else None
         if corrections is None:
             corrections = _corrections(
-                input, running_mean, running_var, self.eps, self.r_max, self.d_max
+                input, mask, running_mean, running_var, self.eps, self.r_max, self.d_max
             )
             if eager:
                 self._last_corrections = corrections
@@ -95,7 +98,10 @@ class _BatchRenorm(_BatchNorm):
         scale = r if weight is None else weight * r
         shift = d if weight is None else weight * d
         shift = shift if bias is None else bias + shift
-        return batch_norm_with_counter(input, running_mean, running_var, scale, shift, *rest)
+        call = (running_mean, running_var, scale, shift, *rest)
+        if mask is None:
+            return batch_norm_with_counter(input, *call)
+        return batch_norm_act_with_counter(input, None, *(*call, "identity", 0.0, False, mask))
 
     def extra_repr(self) -> str:
         """Return the description of batch norm, and the bounds of the correction."""

@@ -133,7 +133,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = modules.batch_norm_act_with_counter
 
     def recorded(input, residual, *others):
-        made.append(("+" if residual is not None else "") + others[-3])
+        made.append(("+" if residual is not None else "") + others[-4])
         return real(input, residual, *others)
 
     monkeypatch.setattr(modules, "batch_norm_act_with_counter", recorded)

@@ -59,6 +59,8 @@ class BatchNorm:
         None is the cumulative average, 1 / (batches + 1).
     batches : int
         How many batches the running statistics have seen before this one.
+    counted : bool Tensor of shape (N, ...) or None
+        Which samples the batch's own statistics are of; all where None.
     """
 
     def __init__(
@@ -73,21 +75,27 @@ class BatchNorm:
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         batches: int = 0,
+        counted: torch.Tensor | None = None,
     ) -> None:
         self.training = training
         self._x = exact(x)
         rank, channels = x.dim(), x.shape[1]
         self._axes = _channel_axes(self._x)
-        self._samples = self._x.size // channels if channels else 0
+        self._counted = np.ones((x.shape[0], 1, *x.shape[2:]), dtype=bool)
+        if counted is not None:
+            self._counted = counted.cpu().numpy()[:, np.newaxis]
+        self._samples = int(self._counted.sum())
+        # Samples that do not count stand in for the mean where the others are summed, each with a rounding of its own.
+        stand_ins = self._counted.size / max(self._samples, 1)
         self._weight = _vector(weight, channels, 1.0)
         self._bias = _vector(bias, channels, 0.0)
         old_mean = None if running_mean is None else _vector(running_mean, channels, 0.0)
         old_var = None if running_var is None else _vector(running_var, channels, 1.0)
 
         if training:
-            self.mean = self._x.mean(axis=self._axes)
+            self.mean = self._mean(self._x)
             deviation = self._x - _per_channel(self.mean, rank)
-            self.variance = (deviation**2).mean(axis=self._axes)
+            self.variance = self._mean(deviation**2)
         else:
             assert old_mean is not None
             assert old_var is not None
@@ -101,6 +109,7 @@ class BatchNorm:
         # wider type to keep a large mean in, and its rounding, relative to the deviation, is added.
         self._lost = np.abs(self.mean) if x.dtype == torch.float64 else np.zeros(channels)
         typical = np.abs(self._weight) * self.inv_std * (np.sqrt(self.variance) + self._lost)
+        typical = typical * stand_ins
         self.y = Exact(
             weighted + _per_channel(self._bias, rank),
             np.abs(weighted) + _per_channel(typical + np.abs(self._bias), rank),
@@ -110,11 +119,18 @@ class BatchNorm:
         if training and old_mean is not None and old_var is not None:
             share = np.longdouble(1 / (batches + 1) if momentum is None else momentum)
             unbiased = self.variance * self._samples / np.longdouble(self._samples - 1)
-            magnitude = np.abs(self._x).mean(axis=self._axes) + np.sqrt(self.variance)
+            magnitude = self._mean(np.abs(self._x)) + stand_ins * np.sqrt(self.variance)
             self.running_mean = self._moved(old_mean, Exact(self.mean, magnitude), share)
             self.running_var = self._moved(
-                old_var, Exact(unbiased, unbiased + self._lost * np.sqrt(unbiased)), share
+                old_var,
+                Exact(unbiased, stand_ins * (unbiased + self._lost * np.sqrt(unbiased))),
+                share,
             )
+
+    def _mean(self, values: Array) -> Array:
+        return np.where(self._counted, values, 0).sum(axis=self._axes) / np.longdouble(
+            self._samples
+        )
 
     @staticmethod
     def _moved(old: Array, new: Exact, share: np.longdouble) -> Exact:
@@ -143,7 +159,7 @@ class BatchNorm:
             count = max(self._samples, 1)
             mean_dy = _per_channel(sum_dy / count, rank)
             mean_dy_xhat = _per_channel(sum_dy_xhat / count, rank)
-            dx = gradient - mean_dy - self.xhat * mean_dy_xhat
+            dx = gradient - np.where(self._counted, mean_dy + self.xhat * mean_dy_xhat, 0)
             per_xhat = (magnitude_dy_xhat + shift * np.abs(sum_dy)) / count
             means = _per_channel(
                 (magnitude_dy + shift * np.abs(sum_dy_xhat)) / count, rank

@@ -31,7 +31,8 @@ from batchnorm_ext import (
     revert_batchnorm,
     revert_sync_batchnorm,
 )
-from batchnorm_ext.distributed import BatchNormActNd, BatchNormNd, SyncBatchNormFunction
+from batchnorm_ext.distributed import BatchNormActNd, BatchNormNd
+from batchnorm_ext.stepwise import StepwiseBatchNormFunction
 from benchmarks.models import basic_block
 
 pytestmark = pytest.mark.timeout(120)  # processes take theirs to start
@@ -86,6 +87,7 @@ def matches_the_joined_batch(
     layout: Any,
     spatial: tuple[int, ...],
     device: str = "cpu",
+    masked: bool = False,
 ) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -94,7 +96,10 @@ def matches_the_joined_batch(
     dy = tensor(*x.shape, seed=1).to(dtype)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     module = parametrized(SyncBatchNorm(channels, dtype=accumulate))
-    expected = BatchNorm(x, module.weight, module.bias, module.running_mean, module.running_var)
+    counted = tensor(sum(parts), *spatial, seed=2) > 0 if masked else None
+    expected = BatchNorm(
+        *(x, module.weight, module.bias, module.running_mean, module.running_var), counted=counted
+    )
     exact_dx, exact_dweight, exact_dbias = expected.gradients(dy)
 
     own = part_of(parts, rank)
@@ -104,7 +109,7 @@ def matches_the_joined_batch(
         return Exact(exact.value[own], exact.scale[own])
 
     mine = layout(x[own].to(device)).requires_grad_()
-    y = module(mine)
+    y = module(mine, mask=counted[own].to(device)) if masked else module(mine)
     y.backward(layout(dy[own].to(device)))
     assert y.dtype == mine.grad.dtype == dtype
     if y.numel():
@@ -137,6 +142,30 @@ def test_equals_one_process_on_the_joined_batch(ranks, parts, dtype, layout):
 @pytest.mark.parametrize("spatial", [(), (9,), (2, 3, 4)], ids=["2-D", "3-D", "5-D"])
 def test_inputs_of_any_rank(ranks, spatial):
     ranks.run(2, matches_the_joined_batch, (3, 2), torch.float32, torch.clone, spatial)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", PARTS.values(), ids=map(str, PARTS))
+def test_masks_on_the_joined_batch(ranks, parts, dtype):
+    ranks.run(
+        *(len(parts), matches_the_joined_batch, parts, dtype, channels_last, (3, 7), "cpu", True)
+    )
+
+
+def one_rank_counts_nothing(rank: int) -> None:
+    x = tensor(6, 5, 9)
+    mask = torch.ones(6, 9, dtype=torch.bool)
+    mask[3:] = False
+    own = slice(3 * rank, 3 * rank + 3)
+    alone, together = (
+        parametrized(m(5).double()) for m in (batchnorm_ext.BatchNorm1d, SyncBatchNorm)
+    )
+    torch.testing.assert_close(together(x[own], mask=mask[own]), alone(x, mask=mask)[own])
+    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+
+
+def test_a_rank_whose_mask_counts_nothing(ranks):
+    ranks.run(2, one_rank_counts_nothing)
 
 
 def fused_matches_the_joined_batch(
@@ -411,13 +440,13 @@ def fused_containers(rank: int, order: str) -> None:
 
     outcome = step(theirs, slice(None))
     epilogues = []
-    apply = SyncBatchNormFunction.apply
+    apply = StepwiseBatchNormFunction.apply
 
     def recorded(*arguments: Any) -> torch.Tensor:
-        epilogues.append((arguments[1] is not None, arguments[10]))
+        epilogues.append((arguments[1] is not None, arguments[11]))
         return apply(*arguments)
 
-    with mock.patch.object(SyncBatchNormFunction, "apply", recorded):
+    with mock.patch.object(StepwiseBatchNormFunction, "apply", recorded):
         for actual, expected in zip(step(ours, own), outcome, strict=True):
             torch.testing.assert_close(actual, expected[own], rtol=1e-9, atol=1e-10)
     assert epilogues == [(False, "relu"), (False, "identity"), (True, "relu")]
@@ -860,21 +889,11 @@ def synchronised_step(
     x: torch.Tensor, dy: torch.Tensor, module: nn.Module
 ) -> tuple[torch.Tensor, ...]:
     """A step of the module with the collectives that a group of one would not need."""
-    y = SyncBatchNormFunction.apply(
-        x,
-        None,
-        module.weight,
-        module.bias,
-        module.running_mean,
-        module.running_var,
-        module.num_batches_tracked,
-        module.momentum,
-        module.eps,
-        module.skip_nonfinite,
-        "identity",
-        0.0,
-        dist.group.WORLD.group_name,
-        1,
+    y = StepwiseBatchNormFunction.apply(
+        *(x, None, None, module.weight, module.bias),
+        *(module.running_mean, module.running_var, module.num_batches_tracked),
+        *(module.momentum, module.eps, module.skip_nonfinite, "identity", 0.0),
+        *(True, dist.group.WORLD.group_name, 1),
     )
     return (y, *torch.autograd.grad(y, (x, module.weight, module.bias), dy))
 

@@ -469,7 +469,8 @@ def test_public_names():
         assert getattr(batchnorm_ext, name) is not None
     signature = inspect.signature(batchnorm_ext.functional.batch_norm)
     theirs = inspect.signature(nn.functional.batch_norm)
-    assert list(signature.parameters) == list(theirs.parameters)
+    assert list(signature.parameters) == [*theirs.parameters, "mask"]
+    assert signature.parameters["mask"].kind is inspect.Parameter.KEYWORD_ONLY
     for name, parameter in theirs.parameters.items():
         assert signature.parameters[name].default == parameter.default
     assert batchnorm_ext.__version__

@@ -1,10 +1,16 @@
 // The steps of batch norm one by one: arguments checked, one call of the device's backend for each.
 #include "bindings/steps.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "bindings/batch_norm.h"
 #include "bindings/device_call.h"
@@ -32,17 +38,21 @@ const Tensor& checked_running_vector(const char* name, const OptionalTensor& arg
   return vector;
 }
 
-}  // namespace
+void check_counted(const Tensor& counted, const Tensor& input) {
+  at::DimVector sizes(input.sizes());
+  sizes.erase(sizes.begin() + 1);
+  TORCH_CHECK(counted.scalar_type() == at::kBool && counted.sizes() == sizes && counted.device() == input.device(),
+              "counted must be of type Bool and shape ", at::IntArrayRef(sizes), " on ", input.device(), ", got shape ",
+              counted.sizes(), " of type ", c10::toString(counted.scalar_type()), " on ", counted.device());
+}
 
-Tensor channel_statistics(const Tensor& input) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+// Of dense x.
+Tensor record_of(const Tensor& x, const CountedSamples& counted) {
   constexpr int64_t dtypes = 4;
-  const int64_t channels = channels_of(input);
-  const DType dtype = dtype_of(input.scalar_type());
-  check_device(input);
+  const int64_t channels = x.size(1);
+  const DType dtype = dtype_of(x.scalar_type());
   const double signature = static_cast<double>(channels * dtypes + static_cast<int64_t>(dtype));
-  const auto options = input.options().dtype(at::kDouble);
-  const Tensor x = dense(input);
+  const auto options = x.options().dtype(at::kDouble);
   if (x.numel() == 0) {
     const Tensor record = at::zeros({record_header + 2 * channels}, options);
     record.select(0, 0).fill_(signature);
@@ -56,8 +66,68 @@ Tensor channel_statistics(const Tensor& input) {
   params.batch_statistics = true;
   params.record = record.mutable_data_ptr<double>();
   params.signature = signature;
+  params.counted = counted;
   run(params, x);
   return record;
+}
+
+// The bounds of the runs of samples that count, in the order of x's memory.
+std::vector<int64_t> runs_of(const Tensor& counted, const Tensor& x) {
+  at::DimVector order;
+  for (int64_t dim = 0; dim < counted.dim(); ++dim) order.push_back(dim);
+  const auto stride_of = [&](int64_t dim) { return x.stride(dim == 0 ? 0 : dim + 1); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return stride_of(a) > stride_of(b); });
+  const Tensor in_order = counted.permute(order).contiguous();
+  const bool* const counts = in_order.const_data_ptr<bool>();
+  std::vector<int64_t> bounds;
+  bool within = false;
+  for (int64_t sample = 0; sample < in_order.numel(); ++sample) {
+    if (counts[sample] == within) continue;
+    bounds.push_back(sample);
+    within = !within;
+  }
+  if (within) bounds.push_back(in_order.numel());
+  return bounds;
+}
+
+// For backends that sum all samples: those that do not count are replaced by one value for each channel, whose part in
+// mean and m2 is then taken away again (Chan, Golub and LeVeque 1979, solved for one of the two sets). That costs no
+// digits where the value is next to the mean, so what zeros give is only the value that the record is made with.
+Tensor record_with_stand_ins(const Tensor& x, const Tensor& counted) {
+  const Tensor places = counted.unsqueeze(1), count = counted.sum(at::kDouble);
+  const int64_t channels = x.size(1), samples = counted.numel();
+  at::DimVector per_channel(x.dim(), 1);
+  per_channel[1] = channels;
+  Tensor stand_in = at::zeros({channels}, x.options()), record;
+  for (int pass = 0; pass < 2; ++pass) {
+    record = record_of(dense_as(at::where(places, x, stand_in.view(per_channel)), x), {});
+    const Tensor others = samples - count;
+    Tensor mean = record.narrow(0, record_header, channels), m2 = record.narrow(0, record_header + channels, channels);
+    mean.addcmul_(mean - stand_in, others / count.clamp_min(1));
+    m2.addcmul_((mean - stand_in).square(), count * others / samples, -1).clamp_min_(0);
+    const Tensor next = mean.to(x.scalar_type());
+    stand_in = at::where(next.isfinite(), next, at::zeros_like(next));
+  }
+  record.select(0, 1).copy_(count);
+  return record;
+}
+
+}  // namespace
+
+Tensor channel_statistics(const Tensor& input, const OptionalTensor& counted_arg) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  channels_of(input);
+  dtype_of(input.scalar_type());
+  check_device(input);
+  const Tensor& counted = or_undefined(counted_arg);
+  if (counted.defined()) check_counted(counted, input);
+  const Tensor x = dense(input);
+  if (!counted.defined() || x.numel() == 0) return record_of(x, {});
+  if (!x.is_cpu() || !cpu::sums_counted_runs()) return record_with_stand_ins(x, counted);
+  const std::vector<int64_t> bounds = runs_of(counted, x);
+  CountedSamples samples{false, bounds.data(), static_cast<int64_t>(bounds.size()) / 2};
+  for (int64_t run = 0; run < samples.runs; ++run) samples.count += bounds[2 * run + 1] - bounds[2 * run];
+  return record_of(x, samples);
 }
 
 std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, const OptionalTensor& running_mean_arg,
@@ -223,8 +293,9 @@ Tensor input_gradient_act(const Tensor& grad_output, const Tensor& input, const 
 void define_steps(pybind11::module_& module) {
   namespace py = pybind11;
   const py::call_guard<py::gil_scoped_release> without_gil;
-  module.def("channel_statistics", &channel_statistics, py::arg("input"), without_gil,
-             "A part of a batch as a record, float64: signature, count, means, m2s.");
+  module.def("channel_statistics", &channel_statistics, py::arg("input"), py::arg("counted") = py::none(), without_gil,
+             "A part of a batch, or those of its samples that are counted, as a record, float64: signature, count, "
+             "means, m2s.");
   module.def("finalize_statistics", &finalize_statistics, py::arg("records"), py::arg("running_mean"),
              py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("skip_nonfinite"),
              without_gil,
@@ -261,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_act_operator(
 
 void register_step_operators() {
   static torch::Library library(torch::Library::FRAGMENT, "batchnorm_ext", std::nullopt, __FILE__, __LINE__);
-  library.def("channel_statistics(Tensor input) -> Tensor");
+  library.def("channel_statistics(Tensor input, Tensor? counted=None) -> Tensor");
   library.def(
       "finalize_statistics(Tensor records, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, bool skip_nonfinite) -> (Tensor, Tensor, Tensor)");

@@ -12,8 +12,9 @@
 namespace batchnorm_ext::bindings {
 
 // This process's part of a batch as a record: float64 {signature, count, means, m2s}. The signature stands for the
-// number of channels and the dtype.
-Tensor channel_statistics(const Tensor& input);
+// number of channels and the dtype. `counted`, bool and of the shape of input without its channels, says which samples
+// it is of.
+Tensor channel_statistics(const Tensor& input, const OptionalTensor& counted);
 
 // Merges the rows of `records` in their order and updates the running statistics. Returns float64 (mean, variance,
 // count).

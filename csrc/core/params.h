@@ -99,6 +99,15 @@ BN_HOST_DEVICE int64_t mask_bytes(const Shape& shape) {
   return shape.outer * shape.channels * (shape.inner % 8 == 0 ? shape.inner / 8 : (shape.inner + 14) / 8);
 }
 
+// The samples of a batch that its statistics are of, as runs of them in memory's order: [bounds[0], bounds[1]),
+// [bounds[2], bounds[3]) and so on, `count` samples in all. Or else all samples.
+struct CountedSamples {
+  bool all = true;
+  const int64_t* bounds = nullptr;
+  int64_t runs = 0;
+  int64_t count = 0;
+};
+
 // Pointers to tensors are aligned to their element size only, and x, y, dy and dx each in their own way.
 
 // Training (batch_statistics): statistics of x normalise, are saved, and update `running`.
@@ -123,6 +132,7 @@ struct ForwardParams {
   // 2 * channels + 2 values; y, mean, inv_std and what `running` points to are null.
   double* record = nullptr;
   double signature = 0.0;
+  CountedSamples counted;  // of a record on the CPU
 };
 
 // The step finalize_statistics of a batch whose parts are known by their records. `parts` rows of records, merged in

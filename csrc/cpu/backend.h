@@ -18,6 +18,8 @@ struct Executor {
 // Results depend on the values and executor.threads only, to the bit.
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
+// Of ForwardParams, `counted` only where this is so.
+bool sums_counted_runs();
 void join_statistics(const JoinParams& params, const Executor& executor);
 
 // "avx512_bf16", "avx512", "avx2", "neon" or "baseline": what this process runs, capped by the environment variable

@@ -226,6 +226,22 @@ inline bool all_above(double limit, const double* values, int64_t count) {
 // A variance that dot products, to which numbers below 2^-126 are zero, give to the precision of float.
 constexpr double smallest_pair_variance = 1e-30;
 
+// action(run) for each run of samples that count; for all samples at once where all do.
+template <class Action>
+inline void for_each_run(const CountedSamples& counted, Range samples, const Action& action) {
+  if (counted.all) return action(samples);
+  for (const int64_t *run = counted.bounds, *end = run + 2 * counted.runs; run < end; run += 2) {
+    const Range own{max(run[0], samples.begin), min(run[1], samples.end)};
+    if (own.begin < own.end) action(own);
+  }
+}
+
+inline int64_t count_samples(const CountedSamples& counted, Range samples) {
+  int64_t count = 0;
+  for_each_run(counted, samples, [&](Range run) { count += run.size(); });
+  return count;
+}
+
 // action(outer, inner) for each sample of one channel. For the rare channels whose sums overflowed.
 template <class Action>
 inline void for_each_sample(const Shape& shape, Range samples, const Action& action) {
@@ -276,15 +292,14 @@ BN_CPU_NOINLINE void set_first_centers(const Shape& shape, const E* x, Range cha
 // squares in the accumulate type lose nothing however large the mean is, or one of the samples.
 template <class Sum, class E, class A>
 BN_CPU_NOINLINE void sum_statistics(const Sum& sum, const Shape& shape, const Blocking& blocking, const E* x,
-                                    Range channels, Range samples, A* center, PartialSums moments) {
+                                    Range channels, Range samples, const CountedSamples& counted, A* center,
+                                    PartialSums moments) {
   for (int64_t c = channels.begin; c < channels.end; ++c) moments.first[c] = moments.second[c] = 0.0;
-  if (samples.size() == 0) return;
   const A* const pivot = center + channels.begin;
   double* const mean = moments.first + channels.begin;
   double* const m2 = moments.second + channels.begin;
   int64_t merged = 0;
-  for (int64_t begin = samples.begin; begin < samples.end;) {
-    const Range slab{begin, slab_end<A>(shape, blocking, begin, samples.end)};
+  const auto add = [&](Range slab) {
     if (merged == 0) {
       set_first_centers(shape, x, channels, slab, center);
     } else {
@@ -303,20 +318,25 @@ BN_CPU_NOINLINE void sum_statistics(const Sum& sum, const Shape& shape, const Bl
                }
              });
     merged += slab.size();
-    begin = slab.end;
-  }
+  };
+  for_each_run(counted, samples, [&](Range run) {
+    for (int64_t begin = run.begin, end; begin < run.end; begin = end) {
+      end = slab_end<A>(shape, blocking, begin, run.end);
+      add({begin, end});
+    }
+  });
 }
 
 template <class E, class A>
 inline void channel_statistics(const Shape& shape, const Blocking& blocking, const E* x, Range channels, Range samples,
-                               A* center, PartialSums moments) {
+                               const CountedSamples& counted, A* center, PartialSums moments) {
   double* const m2 = moments.second + channels.begin;
-  const double count = static_cast<double>(samples.size());
+  const double count = static_cast<double>(count_samples(counted, samples));
   if constexpr (has_dot_products<E>) {
-    sum_statistics(PairStatistics{}, shape, blocking, x, channels, samples, center, moments);
+    sum_statistics(PairStatistics{}, shape, blocking, x, channels, samples, counted, center, moments);
     if (all_above(smallest_pair_variance * count, m2, channels.size()) && all_finite(m2, channels.size())) return;
   }
-  sum_statistics(Statistics{}, shape, blocking, x, channels, samples, center, moments);
+  sum_statistics(Statistics{}, shape, blocking, x, channels, samples, counted, center, moments);
   if (all_finite(m2, channels.size())) return;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     if (all_finite(&moments.second[c], 1)) continue;
@@ -324,9 +344,12 @@ inline void channel_statistics(const Shape& shape, const Blocking& blocking, con
     const auto value_at = [&](int64_t outer, int64_t inner) {
       return static_cast<double>(widen(x[(outer * shape.channels + c) * shape.inner + inner]));
     };
-    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) { sum += value_at(outer, inner); });
+    const auto for_each_counted = [&](const auto& action) {
+      for_each_run(counted, samples, [&](Range run) { for_each_sample(shape, run, action); });
+    };
+    for_each_counted([&](int64_t outer, int64_t inner) { sum += value_at(outer, inner); });
     const double exact_mean = sum / count;
-    for_each_sample(shape, samples, [&](int64_t outer, int64_t inner) {
+    for_each_counted([&](int64_t outer, int64_t inner) {
       const double deviation = value_at(outer, inner) - exact_mean;
       squares += deviation * deviation;
     });
@@ -430,6 +453,7 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
   traffic.late_inputs = params.epilogue.residual != nullptr;
   traffic.in_place = params.y == params.x;
   traffic.masked = params.mask != nullptr;
+  traffic.summed_in_runs = !params.counted.all;
   const Blocking blocking = choose_blocking(shape, sizeof(E), traffic, Vec<A>::lanes, threads.count);
   if (params.mask != nullptr) {
     const int64_t used = used_mask_bytes(shape, blocking);
@@ -447,7 +471,7 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
   E* const y = static_cast<E*>(params.y);
 
   const auto statistics = [&](Range channels, Range samples, int64_t set) {
-    channel_statistics(shape, blocking, x, channels, samples, centers[set], {means[set], m2s[set]});
+    channel_statistics(shape, blocking, x, channels, samples, params.counted, centers[set], {means[set], m2s[set]});
   };
   const auto finalize_statistics = [&](Range all, int64_t copy) {
     for_each_block(all, channels_at_once, [&](Range channels) {
@@ -455,11 +479,15 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       ChannelValues mean, variance, inv_std, weight, bias;
       if (params.batch_statistics) {
         ChannelValues m2;
-        int64_t merged = sets == 1 ? shape.samples() : own_samples(shape, blocking, 0).size();
+        const auto samples_of = [&](int64_t set) {
+          if (sets == 1) return shape.samples();
+          return count_samples(params.counted, own_samples(shape, blocking, set));
+        };
+        int64_t merged = samples_of(0);
         for (int64_t i = 0; i < size; ++i) mean[i] = means[0][begin + i], m2[i] = m2s[0][begin + i];
         for (int64_t set = 1; set < sets; ++set) {
           const double *const set_mean = means[set] + begin, *const set_m2 = m2s[set] + begin;
-          const int64_t count = own_samples(shape, blocking, set).size();
+          const int64_t count = samples_of(set);
           for (int64_t i = 0; i < size; ++i) {
             const Moments<double> both =
                 merge(Moments<double>{mean[i], m2[i], merged}, {set_mean[i], set_m2[i], count});

@@ -69,6 +69,7 @@ Blocking choose_blocking(const Shape& shape, int64_t element_size, const Traffic
   blocking.columns = shape.inner < shortest && (shape.inner != lanes || traffic.masked);
   const bool summed_by_many = shape.outer >= rows_for_summed_planes && !traffic.masked_sums;  // the mask has one view
   blocking.sums_by_columns = shape.inner < (summed_by_many ? std::max(shortest, shortest_summed_plane) : shortest);
+  if (traffic.summed_in_runs && shape.inner > 1) blocking.sums_by_columns = false;
   const bool masked_columns = blocking.columns && traffic.masked;
   const bool columns = traffic.sums ? blocking.sums_by_columns : blocking.columns;
   const int64_t tensors = traffic.inputs + traffic.late_inputs + traffic.outputs;

@@ -62,7 +62,8 @@ constexpr int64_t max_columns = 1024;
 
 // What a call does with tensors of one shape: how many it reads, whether it sums over the samples of a channel, whether
 // the sums must be complete before it reads again; how many more it reads only then, how many it writes, and of these,
-// whether they are others than what it reads; whether a mask goes with results, and with sums.
+// whether they are others than what it reads; whether a mask goes with results, and with sums; whether sums are of runs
+// of samples, which begin anywhere.
 struct Traffic {
   int64_t inputs;
   bool sums;
@@ -71,6 +72,7 @@ struct Traffic {
   int64_t late_inputs = 0;
   bool in_place = false;
   bool masked = false, masked_sums = false;
+  bool summed_in_runs = false;
 };
 
 // Where calls have a mask, its rows of bits are the planes, or the rows of the columns view, each padded to whole

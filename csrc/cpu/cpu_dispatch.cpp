@@ -77,6 +77,10 @@ const char* instruction_set() {
   return chosen().name;
 }
 
+bool sums_counted_runs() {
+  return true;
+}
+
 void forward(const ForwardParams& params, const Executor& executor) {
   ForwardParams call = params;
   if (call.batch_statistics && call.running.num_batches_tracked != nullptr) {
@@ -84,7 +88,7 @@ void forward(const ForwardParams& params, const Executor& executor) {
   }
   if (call.record != nullptr) {
     call.record[0] = call.signature;
-    call.record[1] = static_cast<double>(call.shape.samples());
+    call.record[1] = static_cast<double>(call.counted.all ? call.shape.samples() : call.counted.count);
   }
   if (call.shape.elements() == 0) return;
   advise_huge_pages(call.y, call.shape.elements() * element_size(call.dtype));

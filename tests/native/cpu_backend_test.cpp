@@ -942,6 +942,62 @@ void test_running_statistics() {
   check(std::fabs(running_var.at(2) - expected) <= 0x1p-8 * expected, "running statistics in bfloat16");
 }
 
+// The record of runs of samples; what lies between them is never read into a sum.
+template <class E>
+void test_counted_runs() {
+  const Shape shapes[] = {{1, 3, 35},  {3, 17, 15},    {40, 3, 1},  {64, 5, 6},      {9, 64, 49},
+                          {300, 4, 4}, {200, 1100, 1}, {77, 20, 1}, {6, 4, 113 * 9}, {2049, 33, 1}};
+  std::mt19937 generator(5);
+  for (const Shape& shape : shapes) {
+    for (const double length : {1.5, 6.0, 500.0}) {
+      Case<E> c(shape, 3, 2);
+      std::geometric_distribution<int64_t> lengths(1 / length);
+      std::vector<int64_t> bounds, counted;
+      for (int64_t begin = lengths(generator); begin < shape.samples();) {
+        const int64_t end = std::min(shape.samples(), begin + 1 + lengths(generator));
+        bounds.insert(bounds.end(), {begin, end});
+        for (int64_t sample = begin; sample < end; ++sample) counted.push_back(sample);
+        begin = end + 1 + lengths(generator);
+      }
+      std::vector<bool> counts(static_cast<size_t>(shape.samples()));
+      for (const int64_t sample : counted) counts[static_cast<size_t>(sample)] = true;
+      for (int64_t channel = 0; channel < shape.channels; ++channel) {
+        for (int64_t sample = 0; sample < shape.samples(); ++sample) {
+          if (!counts[static_cast<size_t>(sample)]) c.x.set(c.at(channel, sample), std::nan(""));
+        }
+      }
+      for (const int threads : {1, 3}) {
+        Tensor<double> record(2 + 2 * shape.channels);
+        ForwardParams params{};
+        params.shape = shape;
+        params.dtype = DTypeOf<E>::value;
+        params.x = c.x.data();
+        params.batch_statistics = true;
+        params.record = record.data();
+        params.signature = 7;
+        params.counted = {false, bounds.data(), static_cast<int64_t>(bounds.size()) / 2,
+                          static_cast<int64_t>(counted.size())};
+        cpu::forward(params, executor_with(threads));
+        bool right = record.at(0) == 7 && record.at(1) == static_cast<double>(counted.size());
+        const double accurate = 32 * unit_roundoff<accumulate_t<E>>();
+        for (int64_t channel = 0; channel < shape.channels; ++channel) {
+          Statistics s;
+          for (const int64_t sample : counted) s.mean += c.x.at(c.at(channel, sample)) / (long double)counted.size();
+          for (const int64_t sample : counted) {
+            const long double d = c.x.at(c.at(channel, sample)) - s.mean;
+            s.m2 += d * d;
+          }
+          right = right && near(record.at(2 + channel), s.mean, accurate * (std::fabs(double(s.mean)) + 2));
+          right = right && near(record.at(2 + shape.channels + channel), s.m2,
+                                accurate * (double(s.m2) + double(counted.size() > 1 ? 1 : 0)));
+        }
+        check(right && record.guarded(), c.name() + ": " + std::to_string(bounds.size() / 2) + " runs of samples, " +
+                                             std::to_string(threads) + " threads");
+      }
+    }
+  }
+}
+
 void test_empty() {
   for (const Shape& shape : {Shape{0, 3, 5}, Shape{4, 0, 5}, Shape{4, 3, 0}}) {
     Case<float> c(shape);
@@ -1029,6 +1085,10 @@ void test_all() {
   test_nonfinite<double>();
   test_nonfinite<bfloat16>();
   test_running_statistics();
+  test_counted_runs<double>();
+  test_counted_runs<float>();
+  test_counted_runs<float16>();
+  test_counted_runs<bfloat16>();
   test_empty();
   test_conversions<float16>();
   test_conversions<bfloat16>();

@@ -64,6 +64,10 @@ void run(const Params& params, size_t (*workspace_bytes)(const Params&, const De
 
 }  // namespace
 
+bool sums_counted_runs() {
+  return false;
+}
+
 void forward(const ForwardParams& params, const Executor&) {
   run(params, cuda::forward_workspace_bytes, cuda::forward);
 }
