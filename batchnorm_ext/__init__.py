@@ -9,7 +9,13 @@ from . import functional
 from ._extension import load
 from ._version import __version__
 from .autograd import BatchNormFunction
-from .convert import convert_batchnorm, freeze_batchnorm, revert_batchnorm, unfreeze_batchnorm
+from .convert import (
+    convert_batchnorm,
+    freeze_batchnorm,
+    pooled_statistics,
+    revert_batchnorm,
+    unfreeze_batchnorm,
+)
 from .distributed import SyncBatchNorm, SyncBatchNormAct, revert_sync_batchnorm
 from .modules import (
     BatchNorm1d,
@@ -39,6 +45,7 @@ __all__ = [
     "freeze_batchnorm",
     "functional",
     "load",
+    "pooled_statistics",
     "revert_batchnorm",
     "revert_sync_batchnorm",
     "unfreeze_batchnorm",

@@ -1,7 +1,8 @@
-"""Turns torch's batch norm modules inside a model into this package's, and back; freezes and fuses them."""
+"""Batch norms of whole models: turned from torch's into this package's and back, fused, frozen, their statistics pooled."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import TypeVar
@@ -11,7 +12,13 @@ from torch import nn
 from . import _fusion
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
-__all__ = ["convert_batchnorm", "freeze_batchnorm", "revert_batchnorm", "unfreeze_batchnorm"]
+__all__ = [
+    "convert_batchnorm",
+    "freeze_batchnorm",
+    "pooled_statistics",
+    "revert_batchnorm",
+    "unfreeze_batchnorm",
+]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -165,6 +172,57 @@ def unfreeze_batchnorm(module: _M) -> _M:
     for child in _ours(module):
         child.unfreeze()
     return module
+
+
+@contextlib.contextmanager
+def pooled_statistics(module: nn.Module, momentum: float | None = None) -> Iterator[None]:
+    """Update the running statistics once, at the end, with all samples that training passes see inside of the context.
+
+    Each pass is still normalised with the statistics of its own batch. For gradients that are accumulated over small
+    batches::
+
+        with batchnorm_ext.pooled_statistics(model):
+            for x, target in parts_of_a_batch:
+                (loss(model(x), target) / parts).backward()
+
+    and to estimate the statistics of the whole training data with the weights at hand (precise batch norm: Wu and
+    Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3)::
+
+        with torch.no_grad(), batchnorm_ext.pooled_statistics(model.train(), momentum=1.0):
+            for x, _ in loader:
+                model(x)
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Torch's own batch norm modules in it are converted first, as by `convert_batchnorm`.
+    momentum : float, optional
+        The share of what was pooled in the new running statistics; each module's own by default.
+
+    Raises
+    ------
+    RuntimeError
+        Inside of another such context for the same modules.
+
+    Notes
+    -----
+    Means and variances are merged as those of parts of one batch (Chan, Golub and LeVeque, 1979), so batches may have
+    different sizes, and masks are heeded. All that was pooled counts as one batch: for `num_batches_tracked`, for
+    ``momentum=None``, and for `skip_nonfinite`. An exception that leaves the context leaves the running statistics
+    as they were. `SyncBatchNorm` pools over the ranks, which must all leave the context. Each pass reads the input of
+    a batch norm once more.
+    """
+    pooling: list[_BatchNorm] = []
+    completed = False
+    try:
+        for child in _ours(convert_batchnorm(module)):
+            child._start_pool()
+            pooling.append(child)
+        yield
+        completed = True
+    finally:
+        for child in pooling:
+            child._finish_pool(completed, momentum)
 
 
 def _ours(module: nn.Module) -> Iterator[_BatchNorm]:

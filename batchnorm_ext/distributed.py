@@ -146,7 +146,7 @@ class SyncBatchNorm(BatchNormNd):
             _reference.check_mask(mask, input)
         _check_eps(self.eps, True)
         running_mean = running_var = num_batches_tracked = None
-        if self.track_running_stats:
+        if self.track_running_stats and self._pool is None:
             running_mean, running_var = self.running_mean, self.running_var
             num_batches_tracked = self.num_batches_tracked
         for name, vector in (
@@ -164,11 +164,20 @@ class SyncBatchNorm(BatchNormNd):
         native = _kernels_apply(
             *(input, running_mean, running_var, weight, bias, num_batches_tracked, residual, mask)
         )
-        return StepwiseBatchNormFunction.apply(
+        output = StepwiseBatchNormFunction.apply(
             *(input, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked),
             *(self.momentum, self.eps, self.skip_nonfinite, activation, negative_slope),
             *(native, group.group_name, group.size()),
         )
+        if self._pool is not None:
+            self._add_to_pool(input, mask)
+        return output
+
+    def _pooled_records(self, pool: Tensor) -> Tensor:
+        group = self._synchronising_group()
+        if group is None:
+            return super()._pooled_records(pool)
+        return gather(pool, group.group_name, group.size())
 
     def _synchronising_group(self) -> dist.ProcessGroup | None:
         if not (dist.is_available() and dist.is_initialized()):

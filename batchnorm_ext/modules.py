@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ._extension import backend
-from .functional import batch_norm_act_with_counter, batch_norm_with_counter, check_activation
+from .autograd import is_recomputing
+from .functional import (
+    _kernels_apply,
+    batch_norm_act_with_counter,
+    batch_norm_with_counter,
+    check_activation,
+)
+from .stepwise import empty_record, joined_record
 
 __all__ = [
     "BatchNorm1d",
@@ -34,6 +41,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     skip_nonfinite: bool = False
+    # While statistics are pooled: the record of all samples so far.
+    _pool: Tensor | None = None
     _frozen: bool = False
     _training_when_unfrozen: bool | None = None
     _requires_grad_when_unfrozen: dict[str, bool] | None = None
@@ -64,7 +73,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._traced(input, mask=mask)
-        if mask is not None:
+        if mask is not None or self._pool is not None:
             return self._forward_act(input, None, "identity", 0.0, mask=mask)
         self._check_input_dim(input)
         call = self._call()
@@ -87,7 +96,68 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Return ``activation(forward(input, mask) + residual)`` in one call."""
         self._check_input_dim(input)
         epilogue = activation, negative_slope, inplace, mask
-        return batch_norm_act_with_counter(input, residual, *(*self._call(), *epilogue))
+        return self._run(input, residual, self._call(), *epilogue)
+
+    def _run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        call: tuple[Any, ...],
+        activation: str,
+        negative_slope: float,
+        inplace: bool,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run a call of `_call`; while statistics are pooled, it leaves the running ones alone."""
+        pooled = self._pool is not None and self.training
+        running_mean, running_var, weight, bias, counter, training, momentum, *options = call
+        if pooled:
+            running_mean = running_var = counter = None
+            momentum = 0.0
+            inplace = False  # the input is read once more
+        output = batch_norm_act_with_counter(
+            *(
+                input,
+                residual,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                counter,
+                training,
+                momentum,
+            ),
+            *(*options, activation, negative_slope, inplace, mask),
+        )
+        if pooled:
+            self._add_to_pool(input, mask)
+        return output
+
+    def _start_pool(self) -> None:
+        if self._pool is not None:
+            raise RuntimeError("the statistics of this batch norm are being pooled already")
+        if self.running_mean is not None:
+            self._pool = empty_record(self.running_mean)
+
+    def _add_to_pool(self, input: Tensor, mask: Tensor | None) -> None:
+        assert self._pool is not None
+        if torch.compiler.is_compiling() or not is_recomputing():
+            native = _kernels_apply(input, None, None, mask)
+            self._pool.copy_(joined_record(self._pool, input, mask, native))
+
+    def _finish_pool(self, update: bool, momentum: float | None) -> None:
+        """Pool no longer; move the running statistics by what was pooled, if there is anything."""
+        pool, self._pool = self._pool, None
+        if not update or pool is None or not self.track_running_stats:
+            return
+        records = self._pooled_records(pool)
+        if records[:, 1].sum() > 0:
+            running = (self.running_mean, self.running_var, self.num_batches_tracked)
+            share = self.momentum if momentum is None else momentum
+            backend().finalize_statistics(records, *running, share, self.skip_nonfinite)
+
+    def _pooled_records(self, pool: Tensor) -> Tensor:
+        return pool.view(1, -1)
 
     def _traced(self, input: torch.fx.Proxy, residual: Any = None, *, mask: Any = None) -> Any:
         # A symbolic trace keeps the module whole, as it keeps torch's.

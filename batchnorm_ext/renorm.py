@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _operators, _reference
 from .autograd import is_recomputing
-from .functional import _kernels_apply, batch_norm_act_with_counter, batch_norm_with_counter
+from .functional import _kernels_apply
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -99,9 +99,7 @@ class _BatchRenorm(_BatchNorm):
         shift = d if weight is None else weight * d
         shift = shift if bias is None else bias + shift
         call = (running_mean, running_var, scale, shift, *rest)
-        if mask is None:
-            return batch_norm_with_counter(input, *call)
-        return batch_norm_act_with_counter(input, None, *(*call, "identity", 0.0, False, mask))
+        return self._run(input, None, call, "identity", 0.0, False, mask)
 
     def extra_repr(self) -> str:
         """Return the description of batch norm, and the bounds of the correction."""

@@ -11,7 +11,13 @@ from torch import Tensor
 from . import _operators, _reference
 from .autograd import passing_derivative, what_is_kept
 
-__all__ = ["StepwiseBatchNormFunction", "differentiable_batch_norm", "gather"]
+__all__ = [
+    "StepwiseBatchNormFunction",
+    "differentiable_batch_norm",
+    "empty_record",
+    "gather",
+    "joined_record",
+]
 
 
 # ---- collectives --------------------------------------------------------------------------------
@@ -59,6 +65,24 @@ class _DifferentiableSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Every rank's output depends on every rank's input.
         return _DifferentiableSum.apply(gradient.contiguous(), ctx.group), None
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+def empty_record(vector: Tensor) -> Tensor:
+    """Return the record of no sample of as many channels as `vector` has values."""
+    size = _reference.RECORD_HEADER + 2 * vector.numel()
+    return torch.zeros(size, dtype=torch.float64, device=vector.device)
+
+
+@torch.no_grad()
+def joined_record(record: Tensor, input: Tensor, counted: Tensor | None, native: bool) -> Tensor:
+    """Return the record of the samples of `record` and of those of `input` that are counted."""
+    steps = _operators.steps() if native else _reference
+    joined = torch.stack((record, steps.channel_statistics(input, counted)))
+    mean, variance, count = steps.finalize_statistics(joined, None, None, None, 0.0, False)
+    return torch.cat((record[:1], count, mean, variance * count))
 
 
 # ---- the operation ------------------------------------------------------------------------------

@@ -152,6 +152,23 @@ def test_masks_on_the_joined_batch(ranks, parts, dtype):
     )
 
 
+def pooled(rank: int) -> None:
+    x = tensor(7, 5, 9)
+    module = parametrized(SyncBatchNorm(5).double())
+    expected = BatchNorm(x, None, None, module.running_mean, module.running_var)
+    own = (slice(0, 2), slice(4, 6)) if rank == 0 else (slice(2, 4), slice(6, 7))
+    with batchnorm_ext.pooled_statistics(module):
+        for part in own:
+            module(x[part])
+    assert_matches(module.running_mean, expected.running_mean, "running_mean")
+    assert_matches(module.running_var, expected.running_var, "running_var")
+    assert module.num_batches_tracked == 1
+
+
+def test_pooled_statistics_of_all_ranks(ranks):
+    ranks.run(2, pooled)
+
+
 def one_rank_counts_nothing(rank: int) -> None:
     x = tensor(6, 5, 9)
     mask = torch.ones(6, 9, dtype=torch.bool)

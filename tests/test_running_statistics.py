@@ -412,3 +412,151 @@ def test_unbiased_variance_of_two_samples(device):
     assert_matches(
         var, Exact(exact(torch.tensor([4.5])), exact(torch.tensor([4.5]))), "running_var"
     )
+
+
+# ---- pooled over several passes -----------------------------------------------------------------
+
+
+def joined(batches, module, **options):
+    """The oracle of one batch made of several."""
+    running = (module.running_mean, module.running_var)
+    return BatchNorm(torch.cat(batches), None, None, *running, **options)
+
+
+def assert_pooled(module, expected, dtype):
+    assert_matches(module.running_mean, expected.running_mean, "running_mean", dtype)
+    assert_matches(module.running_var, expected.running_var, "running_var", dtype)
+    assert module.num_batches_tracked.item() == 1
+    assert module._pool is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_pooled_batches_count_as_one(momentum, dtype, device):
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    module = BatchNorm2d(3, momentum=momentum, device=device, dtype=parameters)
+    plain = BatchNorm2d(3, device=device, dtype=parameters)
+    parts = [x[: i + 1] for i, x in enumerate(batches(4, dtype=dtype, device=device))]
+    expected = joined(parts, module, momentum=momentum)
+    with batchnorm_ext.pooled_statistics(module):
+        for x in parts:
+            assert_bitwise(module(x), plain(x))
+            assert_bitwise(module.running_mean, torch.zeros_like(module.running_mean))
+            assert module.num_batches_tracked.item() == 0
+    assert_pooled(module, expected, dtype)
+
+
+def test_pooled_statistics_of_a_model_are_those_of_all_its_data(device):
+    """With the weights at hand, and whatever the running statistics were (precise batch norm)."""
+    first, second = BatchNorm2d(3, device=device), nn.BatchNorm2d(3, device=device)
+    model = nn.Sequential(first, nn.ReLU(), second).double()
+    for norm in (first, second):
+        norm.running_mean.fill_(7.0)
+    data = batches(3, dtype=torch.float64, device=device)
+    expected = joined(data, first, momentum=1.0)
+    inner = [model[1](nn.functional.batch_norm(x, None, None, training=True)) for x in data]
+    then = joined(inner, second, momentum=1.0, eps=0.0)
+    with torch.no_grad(), batchnorm_ext.pooled_statistics(model, momentum=1.0):
+        for x in data:
+            model(x)
+    assert_pooled(first, expected, torch.float64)
+    assert type(second) is BatchNorm2d
+    for name in ("running_mean", "running_var"):
+        wanted = torch.from_numpy(getattr(then, name).value.astype("float64"))
+        torch.testing.assert_close(getattr(second, name).cpu(), wanted)
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_pooled_fused_calls_and_masks(activation, device):
+    module = batchnorm_ext.BatchNormAct2d(
+        3,
+        activation=activation,
+        inplace=activation == "identity",
+        dtype=torch.float64,
+        device=device,
+    )
+    parts = batches(3, dtype=torch.float64, device=device)
+    masks = [torch.rand(4, 5, 5, device=device) < 0.5 for _ in parts]
+    expected = joined(parts, module, counted=torch.cat(masks))
+    with batchnorm_ext.pooled_statistics(module):
+        for x, mask in zip(parts, masks, strict=True):
+            module(x.clone(), mask=mask)
+    assert_pooled(module, expected, torch.float64)
+    module.reset_running_stats()
+    expected = joined(parts, module)
+    with torch.no_grad(), batchnorm_ext.pooled_statistics(module):
+        for x in parts:
+            module(x.clone(), x if activation == "relu" else None)
+    assert_pooled(module, expected, torch.float64)
+
+
+def test_pooled_renormalisation_corrects_as_before(device):
+    module = batchnorm_ext.BatchRenorm2d(3, dtype=torch.float64, device=device)
+    module.running_var.fill_(2.0)
+    alone = batchnorm_ext.BatchRenorm2d(3, momentum=0.0, dtype=torch.float64, device=device)
+    alone.running_var.fill_(2.0)
+    parts = batches(3, dtype=torch.float64, device=device)
+    expected = joined(parts, module)
+    with batchnorm_ext.pooled_statistics(module):
+        for x in parts:
+            torch.testing.assert_close(module(x), alone(x))
+    assert_pooled(module, expected, torch.float64)
+
+
+def test_pooled_passes_are_checkpointed_and_compiled(device):
+    parts = batches(3, dtype=torch.float64, device=device)
+    for run in (
+        lambda module, x: checkpoint(module, x, use_reentrant=False),
+        torch.compile(lambda module, x: module(x), fullgraph=True, backend="aot_eager"),
+    ):
+        module = BatchNorm2d(3, dtype=torch.float64, device=device)
+        expected = joined(parts, module)
+        with batchnorm_ext.pooled_statistics(module):
+            for x in parts:
+                run(module, x.clone().requires_grad_()).sum().backward()
+        assert_pooled(module, expected, torch.float64)
+
+
+def test_what_is_not_training_is_not_pooled(device):
+    frozen, evaluated, untracked, unused = (BatchNorm2d(3, device=device) for _ in range(4))
+    frozen.freeze()
+    evaluated.eval()
+    untracked.track_running_stats = False
+    model = nn.ModuleList(
+        (frozen, evaluated, untracked, unused, nn.BatchNorm2d(3, track_running_stats=False))
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with batchnorm_ext.pooled_statistics(model):
+        for module in (frozen, evaluated, untracked):
+            module(batches(1, device=device)[0])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_exception_leaves_the_statistics_alone(device):
+    module = BatchNorm2d(3, device=device)
+    (x,) = batches(1, device=device)
+
+    def fail_behind(norm):
+        with batchnorm_ext.pooled_statistics(nn.Sequential(BatchNorm2d(3), module)):
+            norm(x)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_behind(module)
+    assert_bitwise(module.running_mean, torch.zeros_like(module.running_mean))
+    assert module.num_batches_tracked.item() == 0
+    with batchnorm_ext.pooled_statistics(module):
+        with pytest.raises(RuntimeError, match="pooled already"):
+            fail_behind(module)
+        module(x)
+    assert module.num_batches_tracked.item() == 1
+
+
+def test_pooled_infinities_are_skipped(device):
+    module = BatchNorm2d(3, skip_nonfinite=True, device=device)
+    parts = batches(2, device=device)
+    parts[1][0, 1, 0, 0] = float("inf")
+    with batchnorm_ext.pooled_statistics(module):
+        for x in parts:
+            module(x)
+    assert (module.running_mean != 0).tolist() == [True, False, True]
