@@ -139,25 +139,25 @@ struct FinalizeStatistics {
 // The moments of several sets, summed in two passes over them: no division for each, and nothing large cancels. What
 // the first pass rounded off the mean, the second finds.
 template <class V, class At>
-__device__ __forceinline__ Moments<V> fold_moments(At&& at, int64_t items, int lane, int width) {
+__device__ __forceinline__ Moments<V> fold_moments(At&& at, int items, int lane, int width) {
   int64_t count = 0;
   V weighted = 0;
-  for (int64_t i = lane; i < items; i += width) {
+  for_lane(items, lane, width, [&](int i) {
     const auto part = at(i);
     count += part.count;
     weighted += static_cast<V>(part.count) * static_cast<V>(part.mean);
-  }
+  });
   count = group_sum(count, width);
   weighted = group_sum(weighted, width);
   const V mean = count == 0 ? V(0) : weighted / static_cast<V>(count);
   V deviations = 0, squares = 0;
-  for (int64_t i = lane; i < items; i += width) {
+  for_lane(items, lane, width, [&](int i) {
     const auto part = at(i);
     const V deviation = static_cast<V>(part.mean) - mean;
     const V weighted_deviation = static_cast<V>(part.count) * deviation;
     deviations += weighted_deviation;
     squares += multiply_add(weighted_deviation, deviation, static_cast<V>(part.m2));
-  }
+  });
   deviations = group_sum(deviations, width);
   if (deviations - deviations != 0) deviations = 0;  // an infinite mean stays one
   return moments_from_sums(mean, deviations, group_sum(squares, width), count);
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= finalize.shape.channels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
-  finalize(channel, fold_moments<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp), lane == 0, true,
-           coefficients + channel);
+  finalize(channel, fold_moments<double>([&](int i) { return parts[i]; }, static_cast<int>(splits), lane, kWarp),
+           lane == 0, true, coefficients + channel);
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -14,13 +14,13 @@
 namespace batchnorm_ext::cuda {
 
 template <class V, class At>
-__device__ __forceinline__ GradientPartial<V> fold_gradient_sums(At&& at, int64_t items, int lane, int width) {
+__device__ __forceinline__ GradientPartial<V> fold_gradient_sums(At&& at, int items, int lane, int width) {
   GradientPartial<V> total{V(0), V(0)};
-  for (int64_t i = lane; i < items; i += width) {
+  for_lane(items, lane, width, [&](int i) {
     const auto part = at(i);
     total.sum_dy += static_cast<V>(part.sum_dy);
     total.sum_dy_xmu += static_cast<V>(part.sum_dy_xmu);
-  }
+  });
   return {group_sum(total.sum_dy, width), group_sum(total.sum_dy_xmu, width)};
 }
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= finalize.shape.channels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const auto* const parts = partials + channel * splits;
-  const auto sums = fold_gradient_sums<double>([&](int64_t i) { return parts[i]; }, splits, lane, kWarp);
+  const auto sums = fold_gradient_sums<double>([&](int i) { return parts[i]; }, static_cast<int>(splits), lane, kWarp);
   if (lane == 0) finalize(channel, sums, true, finalize.input_gradient_follows ? coefficients + channel : nullptr);
 }
 

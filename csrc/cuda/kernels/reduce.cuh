@@ -15,10 +15,9 @@ namespace batchnorm_ext::cuda {
 // which have the lanes 0 to width - 1. Whole warps call it: what is not active has no j.
 template <int kThreads, class Use>
 __device__ __forceinline__ void for_channels(int count, int width, Use&& use) {
-  const int lane = static_cast<int>(threadIdx.x) % width;
-  const int warp_first = static_cast<int>(threadIdx.x) / kWarp * kWarp / width;
-  const int own = static_cast<int>(threadIdx.x) / width;
-  for (int first = 0; first + warp_first < count; first += kThreads / width) {
+  const int thread = static_cast<int>(threadIdx.x), bits = log2_of(width);
+  const int lane = thread & (width - 1), own = thread >> bits, warp_first = thread / kWarp * kWarp >> bits;
+  for (int first = 0; first + warp_first < count; first += kThreads >> bits) {
     use(first + own, lane, first + own < count);
   }
 }

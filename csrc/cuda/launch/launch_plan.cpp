@@ -112,6 +112,11 @@ void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignmen
   }
   view.all_phase_rows = rows / view.phases;
   view.long_phases = static_cast<int>(rows % view.phases);
+  view.by_phases = Divisor::of(view.phases);
+  view.by_tile_vectors = Divisor::of(view.tile_vectors);
+  view.by_inner = Divisor::of(shape.inner);
+  view.by_tile_channels = Divisor::of(view.tile_channels);
+  view.by_channel_items = Divisor::of(view.outer_per_row * shape.inner);
   view.lanes = kBlockThreads / view.tile_vectors;
   view.step_offset = view.lanes * view.phases * view.pitch();
   view.row_slots = divide_up(view.pitch(), plan.vector);

@@ -132,11 +132,12 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
         elements_(view.shape.elements()),
         view_(view) {
     const int thread = static_cast<int>(thread_of_walk<kEpilogue>());
-    const int lane = thread / view.tile_vectors;
+    const int lane = view.by_tile_vectors.quotient(thread);
     const int vector = thread - lane * view.tile_vectors;
     const int64_t pitch = view.pitch();
-    const int phase = static_cast<int>(split) % view.phases;
-    const int64_t part_first = static_cast<int>(split) / view.phases * view.phase_rows;
+    const int part = view.by_phases.quotient(static_cast<int>(split));
+    const int phase = static_cast<int>(split) - part * view.phases;
+    const int64_t part_first = part * view.phase_rows;
     const int64_t left = view.all_phase_rows + (phase < view.long_phases ? 1 : 0) - part_first;
     const int end = static_cast<int>(left < view.phase_rows ? left : view.phase_rows);
     count_ = lane < view.lanes && lane < end ? (end - lane + view.lanes - 1) / view.lanes : 0;
@@ -167,8 +168,10 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
 
   __device__ void channels(int (&channel)[kVector]) const {
     const int first = column_ < 0 ? 0 : column_;
-    int position = first % inner_;
-    int current = first / inner_ % row_channels_;
+    const int run = view_.by_inner.quotient(first);
+    const int within_row = run - view_.by_tile_channels.quotient(run) * static_cast<int>(view_.tile_channels);
+    int position = first - run * inner_;
+    int current = within_row < row_channels_ ? within_row : 0;  // of a thread past the end of the last tile: any
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
       channel[e] = current;
@@ -187,9 +190,9 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ int fold_width() const { return fold_width_; }
   __device__ int fold_items() const { return lanes_ * channel_items_; }
   __device__ int fold_index(int channel, int item) const {
-    const int lane = item / channel_items_;
+    const int lane = view_.by_channel_items.quotient(item);
     const int within = item - lane * channel_items_;
-    const int outer = within / inner_;
+    const int outer = view_.by_inner.quotient(within);
     return lane * tile_elements_ + head_ + (outer * row_channels_ + channel) * inner_ + (within - outer * inner_);
   }
 

@@ -16,6 +16,18 @@ namespace batchnorm_ext::cuda {
 // are counted from the front of the tensor, or from the front of each row where rows are no multiple of eight.
 constexpr int kEpilogueVector = 8;
 
+// Divides numbers below 2^16 by one that the host knew, with a multiplication; a division takes some twenty
+// instructions.
+struct Divisor {
+  uint32_t reciprocal;  // rounded down, which the one that is added to the dividend makes up for
+
+  static Divisor of(int64_t value) { return {static_cast<uint32_t>(0xffffffffu / value)}; }
+
+  BN_HOST_DEVICE int quotient(int dividend) const {
+    return static_cast<int>(uint64_t(static_cast<uint32_t>(dividend) + 1) * reciprocal >> 32);
+  }
+};
+
 // Long runs. Block (channel, split) takes a contiguous share of the vectors of one channel's `outer` runs.
 struct RowView {
   static constexpr bool kOneChannel = true;
@@ -53,6 +65,7 @@ struct ColumnView {
   int lanes;            // rows that a block works on at once
   int64_t step_offset;  // to a thread's next vector, in elements: `lanes` rows of its phase
   int fold_width;       // threads that fold one channel's sums of a block: a power of two up to the size of a warp
+  Divisor by_phases, by_tile_vectors, by_inner, by_tile_channels, by_channel_items;  // items: elements in a row
   // Of an epilogue.
   int64_t row_slots, step_slots;  // of one row; of `lanes` of them
   bool boundaries;                // every tensor starts at a vector boundary
