@@ -19,13 +19,14 @@ __device__ __forceinline__ V* shared_memory() {
 
 // Where items lie of which each thread has kSums neighbours, a power of two. Within these they change places from one
 // line of the banks to the next: else the threads of a warp, which read or write the same one of theirs at once, share
-// few banks. Those of sizes that are no power of two differ in their banks as they are.
+// few banks.
 template <int kSums, class Item>
 __device__ __forceinline__ int banked(int item) {
-  if constexpr ((sizeof(Item) & (sizeof(Item) - 1)) != 0) return item;
   constexpr int kLineBytes = 128, kThreadBytes = kSums * static_cast<int>(sizeof(Item));
-  constexpr int kLineThreads = kThreadBytes < kLineBytes ? kLineBytes / kThreadBytes : 1;
-  return item ^ item / (kSums * kLineThreads) % kSums;
+  constexpr int kPowerOfTwo = kThreadBytes & -kThreadBytes;                              // the largest that divides it
+  constexpr int kLineThreads = kPowerOfTwo < kLineBytes ? kLineBytes / kPowerOfTwo : 1;  // whose places start apart
+  const auto place = static_cast<unsigned>(item);
+  return static_cast<int>(place ^ place / (kSums * kLineThreads) % kSums);
 }
 
 }  // namespace batchnorm_ext::cuda
