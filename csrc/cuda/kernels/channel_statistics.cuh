@@ -89,9 +89,9 @@ struct ChannelStatistics {
     }
   }
 
-  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t samples, int64_t channel) const {
-    return moments_from_sums(sums.pivot - channel_pivot(inputs[0], finalize.shape, channel), sums.sum, sums.squares,
-                             samples);
+  __device__ __forceinline__ void keep(const Accumulator& sums, Item& place) const { place.mean = sums.pivot; }
+  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t samples, const Item& place) const {
+    return moments_from_sums(sums.pivot - place.mean, sums.sum, sums.squares, samples);
   }
 
   template <class V, class At>

@@ -294,7 +294,8 @@ struct ActivatedGradientSums {
     if (summing_dx != nullptr) store(whole, packs[0], summing_dx, slots, reuse);
   }
 
-  __device__ __forceinline__ Item item(const Accumulator& accumulator, int64_t, int64_t) const {
+  __device__ __forceinline__ void keep(const Accumulator&, Item&) const {}
+  __device__ __forceinline__ Item item(const Accumulator& accumulator, int64_t, const Item&) const {
     return {accumulator.sum_dy, accumulator.sum_dy_xmu};
   }
 

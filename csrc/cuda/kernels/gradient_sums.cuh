@@ -133,7 +133,8 @@ struct GradientSums {
     if constexpr (kInputGradient) store(whole, packs[0], dx, slots, dx_reuse);
   }
 
-  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t, int64_t) const {
+  __device__ __forceinline__ void keep(const Accumulator&, Item&) const {}
+  __device__ __forceinline__ Item item(const Accumulator& sums, int64_t, const Item&) const {
     return {sums.sum_dy, sums.sum_dy_xmu};
   }
 

@@ -31,12 +31,13 @@ __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const
                                            Complete&& complete) {
   const auto item = [items](int i) -> auto& { return items[banked<kSums, typename Op::Item>(i)]; };
   const int thread = static_cast<int>(thread_of_walk<(kSums > 1)>());  // read anew: places that are kept make spills
-  int channel[kSums];
-  walk.channels(channel);
+  typename Op::Item own[kSums];  // read together, and stored together: between them are branches
 #pragma unroll
-  for (int a = 0; a < kSums; ++a) {
-    item(thread * kSums + a) = op.item(sums[a], walk.samples(a), tile.first + channel[a]);
-  }
+  for (int a = 0; a < kSums; ++a) own[a] = item(thread * kSums + a);
+#pragma unroll
+  for (int a = 0; a < kSums; ++a) own[a] = op.item(sums[a], walk.samples(a), own[a]);
+#pragma unroll
+  for (int a = 0; a < kSums; ++a) item(thread * kSums + a) = own[a];
   __syncthreads();
 
   for_channels<kThreads>(tile.count, walk.fold_width(), [&](int j, int lane, bool active) {
@@ -46,13 +47,17 @@ __device__ __forceinline__ void fold_block(const Op& op, const Walk& walk, const
   });
 }
 
+// The place of each item keeps until then what the operation wants to know again of its channel.
 template <class Op, class Walk, int kSums>
 __device__ __forceinline__ void begin_sums(const Op& op, const Walk& walk, const Tile& tile,
-                                           typename Op::Accumulator (&sums)[kSums]) {
+                                           typename Op::Accumulator (&sums)[kSums], typename Op::Item* items) {
+  const int thread = static_cast<int>(thread_of_walk<(kSums > 1)>());
   int channel[kSums];
   walk.channels(channel);
 #pragma unroll
   for (int a = 0; a < kSums; ++a) sums[a] = op.begin(tile.first + channel[a]);
+#pragma unroll
+  for (int a = 0; a < kSums; ++a) op.keep(sums[a], items[banked<kSums, typename Op::Item>(thread * kSums + a)]);
 }
 
 // Block (tile, split) reads the share `split` of a tile's channels and hands each channel's sums to op.finish: what
@@ -65,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
   const Tile tile = Walk::tile(view, blockIdx.x);
   Walk walk(view, tile, blockIdx.y);
   typename Op::Accumulator sums[kChannelsPerThread<View, kVector>];
-  begin_sums(op, walk, tile, sums);
+  auto* const items = shared_memory<typename Op::Item>();
+  begin_sums(op, walk, tile, sums, items);
 
   for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int index) {
     Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
@@ -73,10 +79,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
     op.accumulate(whole, sums, packs, slots, index == 0);
   });
 
-  fold_block<kThreads>(op, walk, tile, sums, shared_memory<typename Op::Item>(),
-                       [&](int j, const typename Op::Item& total, bool active) {
-                         op.finish(tile.first + j, blockIdx.y, total, active);
-                       });
+  fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const typename Op::Item& total, bool active) {
+    op.finish(tile.first + j, blockIdx.y, total, active);
+  });
 }
 
 }  // namespace batchnorm_ext::cuda

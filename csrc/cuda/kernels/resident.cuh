@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     Walk walk(view, tile, group.rank());
     Walk ahead = without_first(walk, kStreams ? thread_vectors : 0);
     typename Op::Accumulator sums[kSums];
-    begin_sums(op, walk, tile, sums);
+    begin_sums(op, walk, tile, sums, items);
     int turning = 0;  // the place of the next vector, where places are taken in turn
     for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
       const int place = kStreams ? turning : index, left = walk.count() - index;
