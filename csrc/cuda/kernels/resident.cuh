@@ -43,7 +43,6 @@ __device__ __forceinline__ void merge_group(const Op& op, const Groups& groups, 
       group.copy_coefficients(j / share, place_of(j), of_tile);
     }
   }
-  group.end_reading();
 }
 
 // Each group reads its tiles one after the other: a block copies its split once to shared memory, sums what has come,
@@ -144,6 +143,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     });
     if (groups.size > 1) merge_group<kThreads, kSums>(op, groups, group, tile, of_tile);
     __syncthreads();
+    group.end_reading();  // not before: it waits for what its thread saved, and the others would wait for that too
 
     // What is read next, of the next tile or of this one, takes the places of what is mapped, and so comes while this
     // is stored and the group exchanges. A thread has as many vectors in each tile.
