@@ -101,12 +101,23 @@ BN_HOST_DEVICE bool are_finite(double a, double b) {
   return (a - a) + (b - b) == 0.0;
 }
 
+// The running statistics of a channel, as ChannelVector::bits.
+struct RunningBits {
+  uint64_t mean, variance;
+};
+BN_HOST_DEVICE RunningBits read_running_statistics(const RunningStatistics& running, int64_t channel) {
+  return {running.mean.read_only().bits(channel), running.variance.read_only().bits(channel)};
+}
+
 BN_HOST_DEVICE void update_running_statistics(const RunningStatistics& running, int64_t channel,
-                                              const Moments<double>& moments, double momentum) {
+                                              const RunningBits& before, const Moments<double>& moments,
+                                              double momentum) {
   const double unbiased = unbiased_variance_of(moments);
   if (running.skip_nonfinite && !are_finite(moments.mean, unbiased)) return;
-  running.mean.store(channel, running_average(running.mean.load(channel, 0.0), moments.mean, momentum));
-  running.variance.store(channel, running_average(running.variance.load(channel, 0.0), unbiased, momentum));
+  const double mean = running.mean.read_only().value(before.mean, 0.0);
+  const double variance = running.variance.read_only().value(before.variance, 0.0);
+  running.mean.store(channel, running_average(mean, moments.mean, momentum));
+  running.variance.store(channel, running_average(variance, unbiased, momentum));
 }
 
 // One channel of finalize_statistics over records. Parts without samples do not matter, and a batch of none leaves the
@@ -121,7 +132,9 @@ BN_HOST_DEVICE void join_channel_statistics(const JoinParams& params, int64_t ch
   params.mean[channel] = joined.mean;
   params.variance[channel] = joined.count == 0 ? 0.0 : variance_of(joined);
   if (channel == 0) *params.count = static_cast<double>(joined.count);
-  if (joined.count > 0) update_running_statistics(params.running, channel, joined, momentum);
+  if (joined.count == 0) return;
+  update_running_statistics(params.running, channel, read_running_statistics(params.running, channel), joined,
+                            momentum);
 }
 
 }  // namespace batchnorm_ext

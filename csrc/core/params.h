@@ -26,16 +26,37 @@ struct ChannelVector {
 
   template <class A>
   BN_HOST_DEVICE A load(int64_t channel, A if_null) const {
+    return value(bits(channel), if_null);
+  }
+
+  // The two halves of load(), for kernels that want several values at once: what is made of a value waits for it, so
+  // the bits of all are read before.
+  BN_HOST_DEVICE uint64_t bits(int64_t channel) const {
+    if (data == nullptr) return 0;
+    switch (dtype) {
+      case DType::float64:
+        return detail::bit_cast<uint64_t>(static_cast<const double*>(data)[channel]);
+      case DType::float32:
+        return detail::bit_cast<uint32_t>(static_cast<const float*>(data)[channel]);
+      case DType::float16:
+        return static_cast<const float16*>(data)[channel].bits;
+      default:
+        return static_cast<const bfloat16*>(data)[channel].bits;
+    }
+  }
+
+  template <class A>
+  BN_HOST_DEVICE A value(uint64_t bits, A if_null) const {
     if (data == nullptr) return if_null;
     switch (dtype) {
       case DType::float64:
-        return static_cast<A>(static_cast<const double*>(data)[channel]);
+        return static_cast<A>(detail::bit_cast<double>(bits));
       case DType::float32:
-        return static_cast<A>(static_cast<const float*>(data)[channel]);
+        return static_cast<A>(detail::bit_cast<float>(static_cast<uint32_t>(bits)));
       case DType::float16:
-        return static_cast<A>(widen(static_cast<const float16*>(data)[channel]));
+        return static_cast<A>(widen(float16{static_cast<uint16_t>(bits)}));
       default:
-        return static_cast<A>(widen(static_cast<const bfloat16*>(data)[channel]));
+        return static_cast<A>(widen(bfloat16{static_cast<uint16_t>(bits)}));
     }
   }
 };
@@ -45,10 +66,7 @@ struct MutableChannelVector {
   void* data = nullptr;
   DType dtype = DType::float32;
 
-  template <class A>
-  BN_HOST_DEVICE A load(int64_t channel, A if_null) const {
-    return ChannelVector{data, dtype}.load<A>(channel, if_null);
-  }
+  BN_HOST_DEVICE ChannelVector read_only() const { return {data, dtype}; }
 
   template <class A>
   BN_HOST_DEVICE void store(int64_t channel, A value) const {

@@ -33,9 +33,12 @@ struct ChannelStatistics {
     A pivot, sum, squares;
   };
 
-  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
-    return {channel_pivot(inputs[0], finalize.shape, channel), A(0), A(0)};
+  using Channel = A;  // its pivot
+
+  __device__ __forceinline__ Channel read(int64_t channel) const {
+    return channel_pivot(inputs[0], finalize.shape, channel);
   }
+  __device__ __forceinline__ Accumulator begin(Channel pivot) const { return {pivot, A(0), A(0)}; }
 
   template <class Whole, int kVector, int kSums>
   __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&sums)[kSums],

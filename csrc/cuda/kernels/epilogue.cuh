@@ -152,10 +152,17 @@ struct BackwardEpilogue {
   const A* shift;
   ChannelVector weight;
 
+  struct Channel {
+    A mean, inv_std, shift;
+    uint64_t weight_bits;
+  };
+
+  __device__ __forceinline__ Channel read(int64_t channel) const {
+    return {mean[channel], inv_std[channel], shift == nullptr ? A(0) : shift[channel], weight.bits(channel)};
+  }
   // Those of forward, to the bit.
-  __device__ __forceinline__ NormalizeCoefficients<A> coefficients(int64_t channel) const {
-    return {mean[channel], normalize_scale(inv_std[channel], weight.load(channel, 1.0)),
-            shift == nullptr ? A(0) : shift[channel]};
+  __device__ __forceinline__ NormalizeCoefficients<A> coefficients(const Channel& of) const {
+    return {of.mean, normalize_scale(of.inv_std, weight.value(of.weight_bits, 1.0)), of.shift};
   }
 
   // Calls use(i, gradients, deviations) for each slot i of `packs`, dy and x. Gradients are stored to `dresidual`, if
@@ -269,8 +276,11 @@ struct ActivatedGradientSums {
     A sum_dy, sum_dy_xmu;
   };
 
-  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
-    return {epilogue.coefficients(channel), A(0), A(0)};
+  using Channel = typename BackwardEpilogue<T>::Channel;
+
+  __device__ __forceinline__ Channel read(int64_t channel) const { return epilogue.read(channel); }
+  __device__ __forceinline__ Accumulator begin(const Channel& of) const {
+    return {epilogue.coefficients(of), A(0), A(0)};
   }
 
   template <class Whole, int kVector, int kSums>
@@ -307,9 +317,11 @@ struct ActivatedGradientSums {
   template <class V>
   __device__ __forceinline__ void complete(int64_t channel, const GradientPartial<V>& total, bool active, bool saves,
                                            Coefficients* to) const {
+    if (!active) return;
+    const Channel of = epilogue.read(channel);
     InputGradientCoefficients<A> of_channel{};
-    sums.complete(channel, total, active, saves, &of_channel);
-    if (active) *to = {epilogue.coefficients(channel), of_channel.mean_dy, of_channel.x_scale};
+    sums.complete(channel, total, true, saves, &of_channel);
+    *to = {epilogue.coefficients(of), of_channel.mean_dy, of_channel.x_scale};
   }
 
   __device__ __forceinline__ void finish(int64_t channel, int64_t split, const Item& total, bool active) const {
@@ -342,7 +354,7 @@ struct ActivatedInputGradient {
   T* dresidual;
 
   __device__ __forceinline__ Coefficients coefficients(int64_t channel, bool) const {
-    Coefficients of_channel{epilogue.coefficients(channel), A(0), A(0)};
+    Coefficients of_channel{epilogue.coefficients(epilogue.read(channel)), A(0), A(0)};
     if (finalized != nullptr) {
       of_channel.mean_dy = finalized[channel].mean_dy;
       of_channel.x_scale = finalized[channel].x_scale;

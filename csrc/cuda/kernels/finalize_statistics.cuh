@@ -103,17 +103,26 @@ struct FinalizeStatistics {
   // coefficients go to *coefficients, and where it `saves`, all else to its place.
   __device__ __forceinline__ void operator()(int64_t channel, Moments<double> moments, bool active, bool saves,
                                              NormalizeCoefficients<A>* coefficients) const {
-    if (active) moments.mean += channel_pivot(x, shape, channel);
+    bool around_pivot = true;
     if constexpr (kSquaresOverflow<T>) {
       unsigned redo = __ballot_sync(kWholeWarp, active && moments.m2 - moments.m2 != 0);
       while (redo != 0) {
         const int owner = __ffs(static_cast<int>(redo)) - 1;
         const auto redone = moments_in_double(x, shape, __shfl_sync(kWholeWarp, channel, owner));
-        if (static_cast<int>(threadIdx.x) % kWarp == owner) moments = redone;
+        if (static_cast<int>(threadIdx.x) % kWarp == owner) {
+          moments = redone;
+          around_pivot = false;
+        }
         redo &= redo - 1;
       }
     }
     if (!active) return;
+    // All that is read, before the first of it is waited for.
+    const uint64_t weight_bits = weight.bits(channel), bias_bits = bias.bits(channel);
+    const RunningBits running_bits = saves ? read_running_statistics(running, channel) : RunningBits{};
+    const bool reads_counter = saves && running.cumulative && running.num_batches_tracked != nullptr;
+    const int64_t batches = reads_counter ? read_batches(running.num_batches_tracked) + 1 : 1;
+    if (around_pivot) moments.mean += channel_pivot(x, shape, channel);
     if (record != nullptr) {
       if (channel == 0) {
         record[0] = signature;
@@ -124,15 +133,13 @@ struct FinalizeStatistics {
       return;
     }
     const double channel_inv_std = inverse_std(variance_of(moments), eps);
-    *coefficients =
-        normalize_coefficients<A>(moments.mean, channel_inv_std, weight.load(channel, 1.0), bias.load(channel, 0.0));
+    *coefficients = normalize_coefficients<A>(moments.mean, channel_inv_std, weight.value(weight_bits, 1.0),
+                                              bias.value(bias_bits, 0.0));
     if (!saves) return;
     mean[channel] = static_cast<A>(moments.mean);
     inv_std[channel] = static_cast<A>(channel_inv_std);
     if (running.mean.data == nullptr && running.variance.data == nullptr) return;
-    const int64_t* const counter = running.cumulative ? running.num_batches_tracked : nullptr;
-    const int64_t batches = counter == nullptr ? 1 : read_batches(counter) + 1;
-    update_running_statistics(running, channel, moments, running_momentum(running, batches));
+    update_running_statistics(running, channel, running_bits, moments, running_momentum(running, batches));
   }
 };
 

@@ -39,25 +39,24 @@ struct FinalizeGradients {
   // The channel's coefficients go to *coefficients, and where it `saves`, the gradients to their places.
   __device__ __forceinline__ void operator()(int64_t channel, const GradientPartial<double>& sums, bool saves,
                                              InputGradientCoefficients<A>* coefficients) const {
+    // All that is read, before the first of it is waited for.
+    const uint64_t weight_bits = weight.bits(channel);
+    const A channel_mean = mean[channel], channel_inv_std = inv_std[channel];
+    const auto coefficients_of = [&](double sum_dy, double sum_dy_xhat, int64_t samples) {
+      return input_gradient_coefficients<A>(channel_mean, channel_inv_std, weight.value(weight_bits, A(1)), sum_dy,
+                                            sum_dy_xhat, samples);
+    };
     if (joined.count != nullptr) {
-      *coefficients = coefficients_of(channel, joined.sum_dy[channel], joined.sum_dy_xhat[channel],
-                                      static_cast<int64_t>(*joined.count));
+      *coefficients =
+          coefficients_of(joined.sum_dy[channel], joined.sum_dy_xhat[channel], static_cast<int64_t>(*joined.count));
       return;
     }
-    const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(inv_std[channel]);
+    const double sum_dy_xhat = sums.sum_dy_xmu * static_cast<double>(channel_inv_std);
     if (saves) {
       dweight.store(channel, sum_dy_xhat);
       dbias.store(channel, sums.sum_dy);
     }
-    if (input_gradient_follows) {
-      *coefficients = coefficients_of(channel, sums.sum_dy, sum_dy_xhat, shape.samples());
-    }
-  }
-
-  __device__ __forceinline__ InputGradientCoefficients<A> coefficients_of(int64_t channel, double sum_dy,
-                                                                          double sum_dy_xhat, int64_t samples) const {
-    return input_gradient_coefficients<A>(mean[channel], inv_std[channel], weight.load(channel, A(1)), sum_dy,
-                                          sum_dy_xhat, samples);
+    if (input_gradient_follows) *coefficients = coefficients_of(sums.sum_dy, sum_dy_xhat, shape.samples());
   }
 };
 
@@ -100,9 +99,18 @@ struct GradientSums {
     A dy_scale;
   };
 
-  __device__ __forceinline__ Accumulator begin(int64_t channel) const {
-    const A scale = kInputGradient ? finalize.inv_std[channel] * finalize.weight.load(channel, A(1)) : A(0);
-    return {finalize.mean[channel], A(0), A(0), scale};
+  struct Channel {
+    A mean, inv_std;
+    uint64_t weight_bits;
+  };
+
+  __device__ __forceinline__ Channel read(int64_t channel) const {
+    if constexpr (!kInputGradient) return {finalize.mean[channel], A(0), 0};
+    return {finalize.mean[channel], finalize.inv_std[channel], finalize.weight.bits(channel)};
+  }
+  __device__ __forceinline__ Accumulator begin(const Channel& of) const {
+    const A scale = kInputGradient ? of.inv_std * finalize.weight.value(of.weight_bits, A(1)) : A(0);
+    return {of.mean, A(0), A(0), scale};
   }
 
   template <class Whole, int kVector, int kSums>

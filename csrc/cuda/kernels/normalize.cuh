@@ -39,13 +39,16 @@ struct Normalize {
       if (first && channel == 0 && num_batches_tracked != nullptr) *num_batches_tracked += 1;
       return finalized[channel];
     }
-    const double running_mean = running.mean.load(channel, 0.0);
-    const double running_inv_std = inverse_std(running.variance.load(channel, 1.0), eps);
+    const RunningBits bits = read_running_statistics(running, channel);
+    const uint64_t weight_bits = weight.bits(channel), bias_bits = bias.bits(channel);
+    const double running_mean = running.mean.read_only().value(bits.mean, 0.0);
+    const double running_inv_std = inverse_std(running.variance.read_only().value(bits.variance, 1.0), eps);
     if (first) {
       mean[channel] = static_cast<A>(running_mean);
       inv_std[channel] = static_cast<A>(running_inv_std);
     }
-    return normalize_coefficients<A>(running_mean, running_inv_std, weight.load(channel, 1.0), bias.load(channel, 0.0));
+    return normalize_coefficients<A>(running_mean, running_inv_std, weight.value(weight_bits, 1.0),
+                                     bias.value(bias_bits, 0.0));
   }
 };
 

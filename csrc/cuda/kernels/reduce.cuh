@@ -54,8 +54,11 @@ __device__ __forceinline__ void begin_sums(const Op& op, const Walk& walk, const
   const int thread = static_cast<int>(thread_of_walk<(kSums > 1)>());
   int channel[kSums];
   walk.channels(channel);
+  typename Op::Channel of_channel[kSums];
 #pragma unroll
-  for (int a = 0; a < kSums; ++a) sums[a] = op.begin(tile.first + channel[a]);
+  for (int a = 0; a < kSums; ++a) of_channel[a] = op.read(tile.first + channel[a]);
+#pragma unroll
+  for (int a = 0; a < kSums; ++a) sums[a] = op.begin(of_channel[a]);
 #pragma unroll
   for (int a = 0; a < kSums; ++a) op.keep(sums[a], items[banked<kSums, typename Op::Item>(thread * kSums + a)]);
 }
