@@ -23,18 +23,23 @@ constexpr int kForwardUnroll = sizeof(T) == 8 ? 1 : 2;
 template <class T>
 constexpr int kBackwardUnroll = sizeof(T) == 2 ? 2 : 1;
 
-// A null tensor reads as zero.
-template <class Whole, class T, int kVector, int kUnroll>
-__device__ __forceinline__ void load_if_any(Whole whole, Pack<T, kVector> (&packs)[kUnroll], const T* tensor,
-                                            const Slot (&slots)[kUnroll]) {
+// What slots are read with besides x, or dy and x: those of the residual, and bytes of the mask. None reads as zero.
+template <class T, int kVector, int kUnroll>
+struct Beside {
+  Pack<T, kVector> residuals[kUnroll];
+  unsigned bits[kUnroll];
+};
+
+template <Reuse kReuse, int kVector, class Whole, class T, int kUnroll>
+__device__ __forceinline__ Beside<T, kVector, kUnroll> read_beside(Whole whole, const T* residual, const uint8_t* mask,
+                                                                   const Slot (&slots)[kUnroll]) {
+  Beside<T, kVector, kUnroll> beside{};
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (tensor != nullptr) {
-      load<Reuse::none>(whole, packs[u], tensor, slots[u]);
-    } else {
-      packs[u] = Pack<T, kVector>{};
-    }
+    if (residual != nullptr) load<kReuse>(whole, beside.residuals[u], residual, slots[u]);
+    if (mask != nullptr && slots[u].high > slots[u].low) beside.bits[u] = mask[slots[u].number];
   }
+  return beside;
 }
 
 // From x to y = activation(u), u = batch_norm(x) + residual.
@@ -52,18 +57,22 @@ struct ForwardEpilogue {
     if (shift != nullptr) shift[channel] = coefficients.shift;
   }
 
+  template <int kVector, class Whole, int kUnroll>
+  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(Whole whole, const Slot (&slots)[kUnroll]) const {
+    return read_beside<Reuse::none, kVector>(whole, residual, nullptr, slots);
+  }
+
   template <class Whole, int kVector, int kUnroll, int kSets>
   __device__ __forceinline__ void operator()(Whole whole, Pack<T, kVector> (&x)[kUnroll],
+                                             const Beside<T, kVector, kUnroll>& beside,
                                              const NormalizeCoefficients<A> (&coefficients)[kSets],
                                              const Slot (&slots)[kUnroll], T* y, Reuse reuse) const {
-    Pack<T, kVector> residuals[kUnroll];
-    load_if_any(whole, residuals, residual, slots);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       A u[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        u[e] = coefficients[kSets == 1 ? 0 : e](widen(x[i].values[e])) + widen(residuals[i].values[e]);
+        u[e] = coefficients[kSets == 1 ? 0 : e](widen(x[i].values[e])) + widen(beside.residuals[i].values[e]);
       }
       if (mask != nullptr && slots[i].high > slots[i].low) {
         static_assert(kVector == 8);
@@ -103,7 +112,7 @@ struct NormalizeActivate : Normalize<T_> {
   __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kUnroll],
                                                 const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
                                                 T* output, Reuse reuse) const {
-    epilogue(whole, packs[0], coefficients, slots, output, reuse);
+    epilogue(whole, packs[0], epilogue.template read_slots<kVector>(whole, slots), coefficients, slots, output, reuse);
   }
 };
 
@@ -119,6 +128,7 @@ struct StatisticsActivate : ChannelStatistics<T_, kStatisticsUnroll<T_>> {
   using Coefficients = typename Base::Coefficients;
   static constexpr bool kEpilogue = true;
   static constexpr int kMapUnroll = 1;  // what is kept needs no loads in flight
+  static constexpr bool kReadsAhead = true;
 
   ForwardEpilogue<T> epilogue;
 
@@ -129,11 +139,16 @@ struct StatisticsActivate : ChannelStatistics<T_, kStatisticsUnroll<T_>> {
     if (active && saves) epilogue.save(channel, *to);
   }
 
+  template <int kVector, class Whole>
+  __device__ __forceinline__ auto read_to_map(Whole whole, const Slot (&slots)[kMapUnroll]) const {
+    return epilogue.template read_slots<kVector>(whole, slots);
+  }
   template <class Whole, int kVector, int kSets>
   __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kMapUnroll],
+                                                const Beside<T, kVector, kMapUnroll>& beside,
                                                 const Coefficients (&coefficients)[kSets],
                                                 const Slot (&slots)[kMapUnroll], T* output, Reuse reuse) const {
-    epilogue(whole, packs[0], coefficients, slots, output, reuse);
+    epilogue(whole, packs[0], beside, coefficients, slots, output, reuse);
   }
 };
 
@@ -165,21 +180,21 @@ struct BackwardEpilogue {
     return {of.mean, normalize_scale(of.inv_std, weight.value(of.weight_bits, 1.0)), of.shift};
   }
 
+  // What is read besides dy and x is read again where it is needed twice: of a mask that is little, and a residual kept
+  // on the chip would take from dy and x, whose second reading costs twice as much.
+  template <Reuse kReuse, int kVector, class Whole, int kUnroll>
+  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(Whole whole, const Slot (&slots)[kUnroll]) const {
+    return read_beside<kReuse, kVector>(whole, residual, mask, slots);
+  }
+
   // Calls use(i, gradients, deviations) for each slot i of `packs`, dy and x. Gradients are stored to `dresidual`, if
-  // not null. What is read besides dy and x is read again where it is needed twice: of a mask that is little, and a
-  // residual kept on the chip would take from dy and x, whose second reading costs twice as much.
+  // not null.
   template <class Whole, int kVector, int kUnroll, int kSets, class Use>
   __device__ __forceinline__ void operator()(Whole whole, const Pack<T, kVector> (&packs)[2][kUnroll],
+                                             const Beside<T, kVector, kUnroll>& beside,
                                              const NormalizeCoefficients<A> (&coefficients)[kSets],
                                              const Slot (&slots)[kUnroll], T* dresidual, Use&& use) const {
     static_assert(kVector == 8);
-    Pack<T, kVector> residuals[kUnroll];
-    unsigned bits[kUnroll];
-    load_if_any(whole, residuals, residual, slots);
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      bits[i] = mask != nullptr && slots[i].high > slots[i].low ? mask[slots[i].number] : 0;
-    }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
       A u[kVector], deviations[kVector];
@@ -202,13 +217,13 @@ struct BackwardEpilogue {
       } else {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-          u[e] = coefficients[kSets == 1 ? 0 : e](u[e]) + widen(residuals[i].values[e]);
+          u[e] = coefficients[kSets == 1 ? 0 : e](u[e]) + widen(beside.residuals[i].values[e]);
         }
       }
       if (mask != nullptr) {
         const A otherwise = activation == Activation::leaky_relu ? negative_slope : A(0);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) u[e] = (bits[i] >> e & 1u) != 0 ? A(1) : otherwise;
+        for (int e = 0; e < kVector; ++e) u[e] = (beside.bits[i] >> e & 1u) != 0 ? A(1) : otherwise;
       } else {
         with_activation(activation, [&](auto which) {
 #pragma unroll
@@ -233,13 +248,14 @@ struct BackwardEpilogue {
 template <class Whole, class T, int kVector, int kUnroll, int kSets>
 __device__ __forceinline__ void map_gradients(
     const BackwardEpilogue<T>& epilogue, bool frozen, Whole whole, Pack<T, kVector> (&packs)[2][kUnroll],
+    const Beside<T, kVector, kUnroll>& beside,
     const ActivatedGradientCoefficients<accumulate_t<T>> (&coefficients)[kSets], const Slot (&slots)[kUnroll], T* dx,
     T* dresidual, Reuse reuse) {
   using A = accumulate_t<T>;
   NormalizeCoefficients<A> normalize[kSets];
 #pragma unroll
   for (int a = 0; a < kSets; ++a) normalize[a] = coefficients[a].normalize;
-  epilogue(whole, packs, normalize, slots, dresidual,
+  epilogue(whole, packs, beside, normalize, slots, dresidual,
            [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
 #pragma unroll
              for (int e = 0; e < kVector; ++e) {
@@ -261,6 +277,7 @@ struct ActivatedGradientSums {
   static constexpr bool kEpilogue = true, kEpilogueInSums = true;
   static constexpr int kInputs = 2;
   static constexpr int kUnroll = kSlots, kMapUnroll = 1;
+  static constexpr bool kReadsAhead = sizeof(T) == 2;  // a slot of float has no registers left for the next one
   static constexpr Reuse kReuse = Reuse::soon;
 
   const T* inputs[kInputs];  // dy, x
@@ -283,14 +300,25 @@ struct ActivatedGradientSums {
     return {epilogue.coefficients(of), A(0), A(0)};
   }
 
+  template <int kVector, class Whole>
+  __device__ __forceinline__ auto read_to_sum(Whole whole, const Slot (&slots)[kUnroll]) const {
+    return epilogue.template read_slots<Reuse::soon, kVector>(whole, slots);
+  }
   template <class Whole, int kVector, int kSums>
   __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&accumulators)[kSums],
                                              Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
+                                             bool first) const {
+    accumulate(whole, accumulators, packs, read_to_sum<kVector>(whole, slots), slots, first);
+  }
+  template <class Whole, int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&accumulators)[kSums],
+                                             Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                             const Beside<T, kVector, kUnroll>& beside, const Slot (&slots)[kUnroll],
                                              bool) const {
     NormalizeCoefficients<A> normalize[kSums];
 #pragma unroll
     for (int a = 0; a < kSums; ++a) normalize[a] = accumulators[a].normalize;
-    epilogue(whole, packs, normalize, slots, summing_dresidual,
+    epilogue(whole, packs, beside, normalize, slots, summing_dresidual,
              [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
     // An element that is not meant has dy of zero, and adds zero.
 #pragma unroll
@@ -328,11 +356,16 @@ struct ActivatedGradientSums {
     sums.finish(channel, split, total, active);
   }
 
+  template <int kVector, class Whole>
+  __device__ __forceinline__ auto read_to_map(Whole whole, const Slot (&slots)[kMapUnroll]) const {
+    return epilogue.template read_slots<Reuse::none, kVector>(whole, slots);
+  }
   template <class Whole, int kVector, int kSets>
   __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kMapUnroll],
+                                                const Beside<T, kVector, kMapUnroll>& beside,
                                                 const Coefficients (&coefficients)[kSets],
                                                 const Slot (&slots)[kMapUnroll], T* dx, Reuse dx_reuse) const {
-    map_gradients(epilogue, false, whole, packs, coefficients, slots, dx, dresidual, dx_reuse);
+    map_gradients(epilogue, false, whole, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
   }
 };
 
@@ -366,7 +399,8 @@ struct ActivatedInputGradient {
   __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
                                                 const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
                                                 T* dx, Reuse dx_reuse) const {
-    map_gradients(epilogue, finalized == nullptr, whole, packs, coefficients, slots, dx, dresidual, dx_reuse);
+    const auto beside = epilogue.template read_slots<Reuse::none, kVector>(whole, slots);
+    map_gradients(epilogue, finalized == nullptr, whole, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
   }
 };
 

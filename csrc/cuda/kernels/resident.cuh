@@ -115,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     typename Op::Accumulator sums[kSums];
     begin_sums(op, walk, tile, sums, items);
     int turning = 0;  // the place of the next vector, where places are taken in turn
-    for_each_chunk<Op::kUnroll, kVector, Op::kEpilogueInSums>(walk, [&](const auto& slots, auto whole, int index) {
+    const auto sum = [&](const auto& slots, auto whole, int index, const auto&... beside) {
       const int place = kStreams ? turning : index, left = walk.count() - index;
       const int under_way = kStreams && thread_vectors < left ? thread_vectors : left;
       wait_for_copies((under_way - Op::kUnroll) / kCopyUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
       take_kept(packs, whole, place, left);
-      op.accumulate(whole, sums, packs, slots, index == 0);
+      op.accumulate(whole, sums, packs, beside..., slots, index == 0);
       if constexpr (kStreams) {
         // A copy begins after what its thread read before, so none comes before its place was read.
 #pragma unroll
@@ -130,7 +130,13 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
         }
         turning = place + Op::kUnroll < thread_vectors ? place + Op::kUnroll : 0;
       }
-    });
+    };
+    if constexpr (Op::kEpilogueInSums) {
+      const auto read = [&](const auto& slots, auto whole) { return op.template read_to_sum<kVector>(whole, slots); };
+      for_each_chunk_beside<Op::kUnroll, kVector, Op::kReadsAhead>(walk, read, sum);
+    } else {
+      for_each_chunk<Op::kUnroll, kVector, false>(walk, sum);
+    }
 
     group.begin_writing();
     Item* const partials = group.board(group.rank()).items;
@@ -155,20 +161,30 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     MapWalk following = without_first(MapWalk(view, following_tile, group.rank()), kStreams ? thread_vectors : 0);
     const int skipped = kStreams ? thread_vectors : 0;
     turning = kStreams && again.count() > 0 ? (again.count() - 1) % thread_vectors : 0;
-    for_each_chunk<Op::kMapUnroll, kVector, Op::kEpilogue>(again, [&](const auto& slots, auto whole, int index) {
+    const auto map = [&](const auto& slots, auto whole, int index, const auto&... beside) {
       static_assert(!kAsyncCopies || Op::kMapUnroll == kCopyUnroll);
       const int place = kStreams ? turning : index;
       if constexpr (kStreams) wait_for_copies(thread_vectors - 1);
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
       take_kept(packs, whole, place, again.count() - index);
-      map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
+      if constexpr (Op::kEpilogue) {
+        op.map_and_store(whole, packs, beside..., coefficients, slots, output, output_reuse);
+      } else {
+        map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
+      }
       if (kStreams ? index + skipped < again.count() : next_tile) {
         copy_chunk(following, index + skipped, place, to_map);
       } else if constexpr (kStreams) {
         commit_copies();  // of none: the number under way stays the same
       }
       turning = place > 0 ? place - 1 : thread_vectors - 1;
-    });
+    };
+    if constexpr (Op::kEpilogue) {
+      const auto read = [&](const auto& slots, auto whole) { return op.template read_to_map<kVector>(whole, slots); };
+      for_each_chunk_beside<Op::kMapUnroll, kVector, Op::kReadsAhead>(again, read, map);
+    } else {
+      for_each_chunk<Op::kMapUnroll, kVector, false>(again, map);
+    }
     group.end_tile();
   }
   group.begin_writing();

@@ -213,14 +213,10 @@ constexpr int kChannelsPerThread = View::kOneChannel ? 1 : kVector;
 template <class T, bool kEpilogue>
 constexpr int kBlocksAtOnce = kEpilogue ? (sizeof(T) == 8 ? 1 : 2) : (sizeof(T) == 2 ? 2 : 3);
 
-// Calls visit(slots, whole, index) with the next kUnroll slots, so that their loads are in flight together; `whole`:
-// whether every element of each is meant and each starts at a boundary; `index` counts the slots before these. Missing
-// slots at the end are empty. `whole` is a constant, for which there are two copies of the visit, but a variable with
-// an epilogue, whose code is long.
-template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
-__device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit) {
+// The next slots, and whether every element of each is meant, and each starts at a boundary.
+template <int kVector, bool kEpilogue, class Walk, int kUnroll>
+__device__ __forceinline__ bool next_slots(Walk& walk, int index, Slot (&slots)[kUnroll]) {
   const int count = walk.count();
-  Slot slots[kUnroll];
   bool whole = count - index >= kUnroll;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -228,6 +224,17 @@ __device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit
     whole = whole && slots[u].low == 0 && slots[u].high == kVector;
     if constexpr (kEpilogue) whole = whole && walk.at_boundary(slots[u]);
   }
+  return whole;
+}
+
+// Calls visit(slots, whole, index) with the next kUnroll slots, so that their loads are in flight together; `whole`:
+// whether every element of each is meant and each starts at a boundary; `index` counts the slots before these. Missing
+// slots at the end are empty. `whole` is a constant, for which there are two copies of the visit, but a variable with
+// an epilogue, whose code is long.
+template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
+__device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit) {
+  Slot slots[kUnroll];
+  const bool whole = next_slots<kVector, kEpilogue>(walk, index, slots);
   if constexpr (kEpilogue) {
     visit(slots, Variable{whole}, index);
   } else if (whole) {
@@ -249,6 +256,30 @@ template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
   for (int index = 0; index < walk.count(); index += kUnroll) {
     visit_chunk<kUnroll, kVector, kEpilogue>(walk, index, visit);
+  }
+}
+
+// As for_each_chunk with an epilogue, for what reads besides what is kept: visit(slots, whole, index, beside), where
+// `beside` is read(slots, whole), with kAhead under way while the chunk before is visited.
+template <int kUnroll, int kVector, bool kAhead, class Walk, class Read, class Visit>
+__device__ __forceinline__ void for_each_chunk_beside(Walk& walk, Read&& read, Visit&& visit) {
+  if constexpr (!kAhead) {
+    return for_each_chunk<kUnroll, kVector, true>(
+        walk, [&](const auto& slots, auto whole, int index) { visit(slots, whole, index, read(slots, whole)); });
+  }
+  Slot next[kUnroll];
+  bool next_whole = next_slots<kVector, true>(walk, 0, next);
+  auto next_beside = read(next, Variable{next_whole});
+#pragma unroll 1
+  for (int index = 0; index < walk.count(); index += kUnroll) {
+    Slot slots[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) slots[u] = next[u];
+    const bool whole = next_whole;
+    const auto beside = next_beside;
+    next_whole = next_slots<kVector, true>(walk, index + kUnroll, next);
+    next_beside = read(next, Variable{next_whole});
+    visit(slots, Variable{whole}, index, beside);
   }
 }
 
