@@ -450,6 +450,20 @@ void banks() {
   report(once && spread, name);
 }
 
+// The quotients next to where they change, of all divisors.
+void divisors() {
+  constexpr int kMost = (1 << 16) - 1;
+  bool good = true;
+  for (int value = 1; value <= kMost; ++value) {
+    const Divisor divisor = Divisor::of(value);
+    const int last = kMost / value * value;
+    for (const int dividend : {0, value - 1, value, last - 1, last, kMost}) {
+      good = good && divisor.quotient(dividend) == dividend / value;
+    }
+  }
+  report(good, "divisors divide");
+}
+
 }  // namespace
 
 int main() {
@@ -459,6 +473,12 @@ int main() {
   banks<2, GradientPartial<double>>();
   banks<4, GradientPartial<float>>();
   banks<8, GradientPartial<float>>();
+  banks<4, NormalizeCoefficients<float>>();
+  banks<8, NormalizeCoefficients<float>>();
+  banks<2, NormalizeCoefficients<double>>();
+  banks<8, InputGradientCoefficients<float>>();
+  banks<8, ActivatedGradientCoefficients<float>>();
+  divisors();
   coverage();
   masks();
   fills_the_device();
