@@ -467,8 +467,10 @@ BN_CPU_NOINLINE void map_columns(const Map& map, const Shape& shape, int64_t rep
   const int64_t pitch_bytes = pitch * static_cast<int64_t>(sizeof(E));
   const int64_t together = min(rows_together, max(1, spread_of_rows / pitch_bytes));
   const int64_t moved_bytes = shape.elements() * static_cast<int64_t>(sizeof(E)) * (Map::inputs + Map::outputs);
-  const bool converted = sizeof(E) != sizeof(A);
-  const bool in_order = pitch_bytes >= 512 && (moved_bytes > held_bytes || (pitch_bytes >= 1024 && !converted));
+  // Of two inputs and a result, the rows of a tile are more than a core reads ahead.
+  const bool many_streams = Map::inputs == 2 && Map::outputs == 1 && columns == pitch && 2 * moved_bytes > held_bytes;
+  const bool worth_order = many_streams || (pitch_bytes >= 1024 && sizeof(E) == sizeof(A));
+  const bool in_order = pitch_bytes >= 512 && (moved_bytes > held_bytes || worth_order);
   const int64_t tile_rows = in_order ? 1 : together;
   const Writes how = writes<Map>(stream, out.at(channels.begin * shape.inner), pitch, false);
   LineWriters<E, Map::outputs> writers;
