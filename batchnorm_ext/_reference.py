@@ -69,6 +69,22 @@ def check_channel_vector(name: str, vector: Tensor | None, input: Tensor) -> Non
         )
 
 
+def check_channel_vectors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        check_channel_vector(name, vector, input)
+
+
 def _check_written(name: str, buffer: Tensor | None) -> None:
     if buffer is not None and any(
         size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
@@ -243,13 +259,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a call, and return the mean and inv_std that normalise, in float64."""
     _check_input(input)
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        check_channel_vector(name, vector, input)
+    check_channel_vectors(input, running_mean, running_var, weight, bias)
     _check_counter(num_batches_tracked, input)
     if training:
         _check_written("running_mean", running_mean)

@@ -149,13 +149,7 @@ class SyncBatchNorm(BatchNormNd):
         if self.track_running_stats and self._pool is None:
             running_mean, running_var = self.running_mean, self.running_var
             num_batches_tracked = self.num_batches_tracked
-        for name, vector in (
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-            ("weight", self.weight),
-            ("bias", self.bias),
-        ):
-            _reference.check_channel_vector(name, vector, input)
+        _reference.check_channel_vectors(input, running_mean, running_var, self.weight, self.bias)
         if not torch.compiler.is_compiling():
             _check_agreement(self, input, group)
             if is_recomputing():

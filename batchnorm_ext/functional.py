@@ -353,13 +353,7 @@ def _masked_batch_norm_act(
 ) -> Tensor:
     check_activation(activation, negative_slope, inplace)
     _reference.check_residual(residual, input)
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        _reference.check_channel_vector(name, vector, input)
+    _reference.check_channel_vectors(input, running_mean, running_var, weight, bias)
     _check_call(input, running_mean, running_var, training, eps)
     native = _kernels_apply(
         *(input, running_mean, running_var, weight, bias, num_batches_tracked, residual, mask)

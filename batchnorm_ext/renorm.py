@@ -78,13 +78,7 @@ class _BatchRenorm(_BatchNorm):
         self._check_bounds()
         if mask is not None:
             _reference.check_mask(mask, input)
-        for name, vector in (
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-            ("weight", weight),
-            ("bias", bias),
-        ):
-            _reference.check_channel_vector(name, vector, input)
+        _reference.check_channel_vectors(input, running_mean, running_var, weight, bias)
         eager = not torch.compiler.is_compiling()
         corrections = self._last_corrections if eager and is_recomputing() else None
         if corrections is None:
