@@ -222,6 +222,11 @@ def backward_act(
     return dx, dresidual, dweight, dbias
 
 
-def steps() -> Any:
-    """What has the backend's steps one by one, as operators where torch.compile or a dispatch mode is to see them."""
+def steps(native: bool) -> Any:
+    """What has the steps one by one: the backend, as operators where torch.compile or a dispatch mode is to see them.
+
+    Not `native`, for tensors that the kernels do not see, plain PyTorch, which works on any device.
+    """
+    if not native:
+        return _reference
     return torch.ops.batchnorm_ext if _as_operator() else _directly()

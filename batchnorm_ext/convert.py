@@ -213,16 +213,16 @@ def pooled_statistics(module: nn.Module, momentum: float | None = None) -> Itera
     a batch norm once more.
     """
     pooling: list[_BatchNorm] = []
-    completed = False
     try:
         for child in _ours(convert_batchnorm(module)):
             child._start_pool()
             pooling.append(child)
         yield
-        completed = True
     finally:
-        for child in pooling:
-            child._finish_pool(completed, momentum)
+        pools = [child._end_pool() for child in pooling]
+    for child, pool in zip(pooling, pools, strict=True):
+        if pool is not None:
+            child._move_statistics(pool, momentum)
 
 
 def _ours(module: nn.Module) -> Iterator[_BatchNorm]:

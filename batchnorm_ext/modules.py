@@ -10,6 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from . import _operators
 from ._extension import backend
 from .autograd import is_recomputing
 from .functional import (
@@ -145,16 +146,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             native = _kernels_apply(input, None, None, mask)
             self._pool.copy_(joined_record(self._pool, input, mask, native))
 
-    def _finish_pool(self, update: bool, momentum: float | None) -> None:
-        """Pool no longer; move the running statistics by what was pooled, if there is anything."""
+    def _end_pool(self) -> Tensor | None:
+        """Pool no longer, and return the record of what was pooled."""
         pool, self._pool = self._pool, None
-        if not update or pool is None or not self.track_running_stats:
-            return
+        return pool
+
+    def _move_statistics(self, pool: Tensor, momentum: float | None) -> None:
+        """Move the running statistics by what was pooled, if there is anything."""
         records = self._pooled_records(pool)
-        if records[:, 1].sum() > 0:
+        if self.track_running_stats and records[:, 1].sum() > 0:
             running = (self.running_mean, self.running_var, self.num_batches_tracked)
+            steps = _operators.steps(_kernels_apply(records, *running))
             share = self.momentum if momentum is None else momentum
-            backend().finalize_statistics(records, *running, share, self.skip_nonfinite)
+            steps.finalize_statistics(records, *running, share, self.skip_nonfinite)
 
     def _pooled_records(self, pool: Tensor) -> Tensor:
         return pool.view(1, -1)

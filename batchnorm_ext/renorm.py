@@ -28,7 +28,7 @@ def _corrections(
 ) -> tuple[Tensor, Tensor]:
     """Return r and d of Ioffe (2017), section 3: what leads from the batch's statistics to the running ones."""
     native = _kernels_apply(input, running_mean, running_var, mask)
-    record = (_operators.steps() if native else _reference).channel_statistics(input, mask)
+    record = _operators.steps(native).channel_statistics(input, mask)
     mean, m2 = record[_reference.RECORD_HEADER :].split(input.size(1))
     variance = m2 / record[1]
     running_inv_std = (running_var.double() + eps).rsqrt()

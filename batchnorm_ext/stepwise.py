@@ -79,7 +79,7 @@ def empty_record(vector: Tensor) -> Tensor:
 @torch.no_grad()
 def joined_record(record: Tensor, input: Tensor, counted: Tensor | None, native: bool) -> Tensor:
     """Return the record of the samples of `record` and of those of `input` that are counted."""
-    steps = _operators.steps() if native else _reference
+    steps = _operators.steps(native)
     joined = torch.stack((record, steps.channel_statistics(input, counted)))
     mean, variance, count = steps.finalize_statistics(joined, None, None, None, 0.0, False)
     return torch.cat((record[:1], count, mean, variance * count))
@@ -135,7 +135,7 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
         group: str | None,
         ranks: int,
     ) -> Tensor:
-        steps = _operators.steps() if native else _reference  # which works on any device
+        steps = _operators.steps(native)
         record = steps.channel_statistics(input, counted)
         if group is None:
             records = record.view(1, -1)
@@ -184,7 +184,7 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, residual, counted, weight, bias, *saved, count = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[:2]
-        steps = _operators.steps() if ctx.native else _reference
+        steps = _operators.steps(ctx.native)
         activation = ctx.epilogue[0]
         dx = dweight = dbias = None
         dresidual = grad_output

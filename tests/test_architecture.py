@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "autograd": {"_operators", "_reference"},
     "stepwise": {"autograd", "_operators", "_reference"},
     "functional": {"stepwise", "autograd", "_operators", "_extension", "_reference"},
-    "modules": {"functional", "stepwise", "autograd", "_extension"},
+    "modules": {"functional", "stepwise", "autograd", "_operators", "_extension"},
     "_fusion": {"modules", "_reference"},
     "convert": {"_fusion", "modules"},
     "distributed": {
