@@ -15,6 +15,7 @@ def forward(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def backward(
     grad_output: Tensor,
@@ -38,6 +39,7 @@ def fast_path(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> Tensor | None: ...
 def forward_act(
     input: Tensor,
@@ -51,6 +53,7 @@ def forward_act(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
     activation: str,
     negative_slope: float,
     with_mask: bool,
@@ -85,6 +88,7 @@ def fast_path_act(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
     activation: str,
     negative_slope: float,
     inplace: bool,
@@ -97,6 +101,7 @@ def finalize_statistics(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     skip_nonfinite: bool,
+    correction: int,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def normalize(
     input: Tensor,

@@ -203,7 +203,7 @@ def forward_act(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     if not _as_operator():
         return _directly().forward_act(*arguments)
     *results, mask = torch.ops.batchnorm_ext.forward_act(*arguments)
-    with_mask = arguments[13]
+    with_mask = arguments[14]
     return (*results, mask if with_mask else None)
 
 

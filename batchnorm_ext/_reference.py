@@ -146,15 +146,15 @@ def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
-    unbiased_variance: Tensor,
+    variance: Tensor,
     momentum: float | Tensor,
     skip_nonfinite: bool,
 ) -> None:
     """Move the running statistics towards the batch's by the share `momentum`, in place."""
-    for running, batch in ((running_mean, mean), (running_var, unbiased_variance)):
+    for running, batch in ((running_mean, mean), (running_var, variance)):
         updated = running.to(batch.dtype) * (1 - momentum) + batch * momentum
         if skip_nonfinite:
-            finite = mean.isfinite() & unbiased_variance.isfinite()
+            finite = mean.isfinite() & variance.isfinite()
             updated = torch.where(finite, updated, running.to(updated.dtype))
         running.copy_(updated)
 
@@ -171,6 +171,7 @@ def forward(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise `input`; in training also update the running statistics. Return (output, mean, inv_std)."""
     statistics = _statistics(
@@ -184,6 +185,7 @@ def forward(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
     )
     u, mean, inv_std, _ = _normalized(input, weight, bias, *statistics)
     return _stored(u, input), mean, inv_std
@@ -202,6 +204,7 @@ def forward_act(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
     activation: str,
     negative_slope: float,
     with_mask: bool,
@@ -223,6 +226,7 @@ def forward_act(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
     )
     normalized = _normalized(input, weight, bias, *statistics)
     return _activated(input, residual, *normalized, activation, negative_slope, with_mask)
@@ -256,6 +260,7 @@ def _statistics(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a call, and return the mean and inv_std that normalise, in float64."""
     _check_input(input)
@@ -280,9 +285,10 @@ def _statistics(
         mean, variance, inv_std = batch_statistics(input, eps)
         if running_mean is not None and running_var is not None:
             factor = _factor(momentum, num_batches_tracked)
-            unbiased = variance * samples / (samples - 1) if samples > 1 else variance / 0.0
+            degrees = samples - correction
+            batch_variance = variance * samples / degrees if degrees > 0 else variance / 0.0
             update_running_statistics(
-                running_mean, running_var, mean, unbiased, factor, skip_nonfinite
+                running_mean, running_var, mean, batch_variance, factor, skip_nonfinite
             )
     elif training:
         mean = torch.zeros(channels, dtype=torch.float64, device=input.device)
@@ -647,6 +653,7 @@ def finalize_statistics(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     skip_nonfinite: bool,
+    correction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the rows of `records` and update the running statistics. Return (mean, variance, count) in float64.
 
@@ -674,8 +681,10 @@ def finalize_statistics(
         factor = _factor(momentum, num_batches_tracked)
         # No sample at all has no weight either, and leaves the running statistics alone.
         factor = torch.where(empty, torch.zeros_like(count), factor)
-        unbiased = torch.where(empty, 0.0, m2 / (count - 1))
-        update_running_statistics(running_mean, running_var, mean, unbiased, factor, skip_nonfinite)
+        batch_variance = torch.where(empty, 0.0, m2 / (count - correction))
+        update_running_statistics(
+            running_mean, running_var, mean, batch_variance, factor, skip_nonfinite
+        )
     return mean, m2 / divisor, count
 
 

@@ -17,7 +17,7 @@ class BatchNormFunction(torch.autograd.Function):
     """Batch normalisation with first and second derivatives (Ioffe and Szegedy, 2015, section 3).
 
     ``BatchNormFunction.apply(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-    momentum, eps, skip_nonfinite)`` returns the output. Use `batchnorm_ext.functional.batch_norm` or the modules
+    momentum, eps, skip_nonfinite, correction)`` returns the output. Use `batchnorm_ext.functional.batch_norm` or the modules
     unless you build an operation of your own: they add torch's argument checks and its fallbacks.
 
     Parameters
@@ -38,6 +38,8 @@ class BatchNormFunction(torch.autograd.Function):
         Added to the variance.
     skip_nonfinite : bool
         Whether a channel whose batch statistics are not finite leaves its running statistics alone.
+    correction : int
+        1 for the unbiased variance in `running_var`, 0 for the biased one.
 
     Notes
     -----
@@ -59,6 +61,7 @@ class BatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         skip_nonfinite: bool,
+        correction: int,
     ) -> Tensor:
         output, mean, inv_std = _operators.forward(
             input,
@@ -71,6 +74,7 @@ class BatchNormFunction(torch.autograd.Function):
             momentum,
             eps,
             skip_nonfinite,
+            correction,
         )
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         ctx.training = training
@@ -85,7 +89,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 11
         input, weight, mean, inv_std = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], ctx.dweight_dtype, ctx.dbias_dtype)
         if torch.is_grad_enabled() or not is_plain(grad_output):
@@ -96,14 +100,14 @@ class BatchNormFunction(torch.autograd.Function):
             computed = _operators.backward(
                 grad_output, input, weight, mean, inv_std, ctx.training, *wanted
             )
-        return (*computed, None, None, None, None, None, None, None)
+        return (*computed, *[None] * 8)
 
 
 class BatchNormActFunction(torch.autograd.Function):
     """``activation(batch_norm(input) + residual)`` with first and second derivatives.
 
     ``BatchNormActFunction.apply(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-    training, momentum, eps, skip_nonfinite, activation, negative_slope)`` returns the output. Use
+    training, momentum, eps, skip_nonfinite, correction, activation, negative_slope)`` returns the output. Use
     `batchnorm_ext.functional.batch_norm_act` or the modules unless you build an operation of your own.
 
     Parameters
@@ -139,6 +143,7 @@ class BatchNormActFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         skip_nonfinite: bool,
+        correction: int,
         activation: str,
         negative_slope: float,
     ) -> Tensor:
@@ -157,6 +162,7 @@ class BatchNormActFunction(torch.autograd.Function):
             momentum,
             eps,
             skip_nonfinite,
+            correction,
             activation,
             negative_slope,
             with_mask,
@@ -184,7 +190,7 @@ class BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 13
+            return (None,) * 14
         input, residual, weight, bias, mean, inv_std, shift, mask = ctx.saved_tensors
         need_dx, need_dresidual = ctx.needs_input_grad[:2]
         saved = (mean, inv_std, shift, mask, ctx.strides, ctx.training)
@@ -204,7 +210,7 @@ class BatchNormActFunction(torch.autograd.Function):
             computed = _operators.backward_act(
                 grad_output, input, residual, weight, *saved, *wanted, *ctx.epilogue
             )
-        return (*computed, None, None, None, None, None, None, None, None, None)
+        return (*computed, *[None] * 10)
 
 
 def what_is_kept(activation: str, residual: bool, need_deviation: bool) -> tuple[bool, bool]:

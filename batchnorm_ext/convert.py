@@ -95,8 +95,8 @@ def revert_batchnorm(module: _M) -> _M:
     every fused container runs its own forward again.
 
     What torch's modules cannot do is given up: a frozen module stays in evaluation mode only until the next
-    ``train()``, with a warning, and `skip_nonfinite` is dropped, with a warning. Running statistics take the dtype of
-    the weight.
+    ``train()``, with a warning, and `skip_nonfinite`, `running_var_correction` and `on_single_value` are dropped, with
+    a warning. Running statistics take the dtype of the weight.
 
     Parameters
     ----------
@@ -114,14 +114,7 @@ def revert_batchnorm(module: _M) -> _M:
             child.__dict__.pop("cls_to_become", None)
         if type(child) not in _TORCHS:
             continue
-        lost = [
-            feature
-            for feature, used in (
-                ("freeze()", child.frozen),
-                ("skip_nonfinite", child.skip_nonfinite),
-            )
-            if used
-        ]
+        lost = ["freeze()" if name == "frozen" else name for name in child._extras()]
         if lost:
             warnings.warn(
                 f"{name or type(child).__name__}: torch.nn has no {' or '.join(lost)}; dropped",

@@ -64,8 +64,8 @@ class SyncBatchNorm(BatchNormNd):
         As in torch; also ``bias`` (keyword) where the installed torch has it.
     process_group : torch.distributed.ProcessGroup, optional
         The processes to synchronise with; all by default. A process outside of its group does not synchronise.
-    skip_nonfinite : bool, keyword-only
-        Leave the running statistics of a channel alone when its batch mean or variance is not finite.
+    skip_nonfinite, running_var_correction, on_single_value : keyword-only
+        As in `BatchNorm2d`; `on_single_value` matters to calls that do not synchronise.
 
     Raises
     ------
@@ -91,6 +91,8 @@ class SyncBatchNorm(BatchNormNd):
         dtype: torch.dtype | None = None,
         *,
         skip_nonfinite: bool = False,
+        running_var_correction: int = 1,
+        on_single_value: str = "error",
         **bias: bool,
     ) -> None:
         super().__init__(
@@ -102,6 +104,8 @@ class SyncBatchNorm(BatchNormNd):
             device,
             dtype,
             skip_nonfinite=skip_nonfinite,
+            running_var_correction=running_var_correction,
+            on_single_value=on_single_value,
             **bias,
         )
         self.process_group = process_group
@@ -160,7 +164,8 @@ class SyncBatchNorm(BatchNormNd):
         )
         output = StepwiseBatchNormFunction.apply(
             *(input, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked),
-            *(self.momentum, self.eps, self.skip_nonfinite, activation, negative_slope),
+            *(self.momentum, self.eps, self.skip_nonfinite, self.running_var_correction),
+            *(activation, negative_slope),
             *(native, group.group_name, group.size()),
         )
         if self._pool is not None:
@@ -265,7 +270,7 @@ def revert_sync_batchnorm(module: _M) -> _M:
     """Make every synchronised batch norm in `module` a plain one again, the same object.
 
     Modules made by `SyncBatchNorm.convert_sync_batchnorm` become what they were. If torch's class cannot do what was
-    asked of them since (frozen, `skip_nonfinite`), they become this package's class of the same name. Modules made as
+    asked of them since (frozen, `skip_nonfinite` and the like), they become this package's class of the same name. Modules made as
     `SyncBatchNorm`, this package's or torch's, become `BatchNormNd`, those made as `SyncBatchNormAct` `BatchNormActNd`.
 
     Parameters
@@ -287,7 +292,7 @@ def revert_sync_batchnorm(module: _M) -> _M:
             kind = child.__dict__.pop("_reverts_to", unknown)
             if kind is nn.SyncBatchNorm:
                 kind = BatchNormNd
-            if isinstance(child, SyncBatchNorm) and (child.frozen or child.skip_nonfinite):
+            if isinstance(child, SyncBatchNorm) and child._extras():
                 kind = _OURS.get(kind, kind)
             child.__dict__.pop("process_group", None)
             child.__class__ = kind

@@ -89,10 +89,10 @@ def batch_norm(
     if mask is not None:
         return batch_norm_act_with_counter(
             *(input, None, running_mean, running_var, weight, bias, None, training, momentum, eps),
-            *(False, "identity", 0.0, False, mask),
+            *(False, 1, "identity", 0.0, False, mask),
         )
     return batch_norm_with_counter(
-        input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
+        input, running_mean, running_var, weight, bias, None, training, momentum, eps, False, 1
     )
 
 
@@ -167,6 +167,7 @@ def batch_norm_act(
         momentum,
         eps,
         False,
+        1,
         activation,
         negative_slope,
         inplace,
@@ -209,6 +210,7 @@ def batch_norm_with_counter(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> Tensor:
     """Apply `batch_norm`; in training also count the batch, which ``momentum=None`` (cumulative average) needs."""
     call = (
@@ -222,6 +224,7 @@ def batch_norm_with_counter(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
     )
     if not torch.compiler.is_compiling():
         output = backend().fast_path(*call)
@@ -243,6 +246,7 @@ def batch_norm_with_counter(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
     )
     if _needs_grad(input, weight, bias):
         return BatchNormFunction.apply(*arguments)
@@ -261,6 +265,7 @@ def batch_norm_act_with_counter(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
     activation: str,
     negative_slope: float,
     inplace: bool,
@@ -278,6 +283,7 @@ def batch_norm_act_with_counter(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
     )
     if mask is not None:
         _reference.check_mask(mask, input)
@@ -318,6 +324,7 @@ def batch_norm_act_with_counter(
         momentum,
         eps,
         skip_nonfinite,
+        correction,
         activation,
         negative_slope,
     )
@@ -347,6 +354,7 @@ def _masked_batch_norm_act(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
     activation: str,
     negative_slope: float,
     inplace: bool,
@@ -366,7 +374,15 @@ def _masked_batch_norm_act(
             )
         if is_recomputing():
             running_mean = running_var = num_batches_tracked = None
-    running = (running_mean, running_var, num_batches_tracked, momentum, eps, skip_nonfinite)
+    running = (
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+        skip_nonfinite,
+        correction,
+    )
     if native:
         return StepwiseBatchNormFunction.apply(
             *(input, residual, mask, weight, bias, *running, activation, negative_slope),
@@ -440,6 +456,7 @@ def _torch_batch_norm(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> Tensor:
     if not isinstance(input, Tensor):
         # Torch's error, or what stands for a tensor in torch's functions.
@@ -463,7 +480,7 @@ def _torch_batch_norm(
     counter = num_batches_tracked if training else None
     cumulative = momentum is None and counter is not None
     if (
-        not (training and (cumulative or skip_nonfinite))
+        not (training and (cumulative or skip_nonfinite or correction != 1))
         or running_mean is None
         or running_var is None
         or input.numel() == 0
@@ -482,6 +499,9 @@ def _torch_batch_norm(
     output = F.batch_norm(input, mean, variance, weight, bias, training, 1.0, eps)
     accumulate = _reference.accumulate_dtype(mean.dtype)
     share: float | Tensor = momentum or 0.0
+    if correction != 1:
+        samples = input.numel() // input.size(1)
+        variance = variance * ((samples - 1) / (samples - correction))  # torch's is unbiased
     if counter is not None:
         counter.add_(1)
         share = 1.0 / counter.to(accumulate) if cumulative else share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     skip_nonfinite: bool = False
+    running_var_correction: int = 1
+    on_single_value: str = "error"
     # While statistics are pooled: the record of all samples so far.
     _pool: Tensor | None = None
     _frozen: bool = False
@@ -59,13 +62,27 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         skip_nonfinite: bool = False,
+        running_var_correction: int = 1,
+        on_single_value: str = "error",
         **bias: bool,
     ) -> None:
+        if running_var_correction not in (0, 1):
+            raise ValueError(f"running_var_correction must be 0 or 1, got {running_var_correction}")
+        if on_single_value not in ("error", "running"):
+            raise ValueError(
+                f"on_single_value must be 'error' or 'running', got {on_single_value!r}"
+            )
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
         )
-        if skip_nonfinite:
-            self.skip_nonfinite = True
+        options = {
+            "skip_nonfinite": skip_nonfinite,
+            "running_var_correction": running_var_correction,
+            "on_single_value": on_single_value,
+        }
+        for name, value in options.items():
+            if value != getattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`, of the shape the class documents, in its dtype and memory order.
@@ -83,7 +100,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             output = backend().fast_path(input, *call)
             if output is not None:
                 return output
-        return batch_norm_with_counter(input, *call)
+        return batch_norm_with_counter(input, *self._for_batch(input, call))
 
     def _forward_act(
         self,
@@ -97,7 +114,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Return ``activation(forward(input, mask) + residual)`` in one call."""
         self._check_input_dim(input)
         epilogue = activation, negative_slope, inplace, mask
-        return self._run(input, residual, self._call(), *epilogue)
+        return self._run(input, residual, self._for_batch(input, self._call()), *epilogue)
 
     def _run(
         self,
@@ -110,8 +127,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None,
     ) -> Tensor:
         """Run a call of `_call`; while statistics are pooled, it leaves the running ones alone."""
-        pooled = self._pool is not None and self.training
         running_mean, running_var, weight, bias, counter, training, momentum, *options = call
+        pooled = self._pool is not None and training
         if pooled:
             running_mean = running_var = counter = None
             momentum = 0.0
@@ -158,7 +175,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running = (self.running_mean, self.running_var, self.num_batches_tracked)
             steps = _operators.steps(_kernels_apply(records, *running))
             share = self.momentum if momentum is None else momentum
-            steps.finalize_statistics(records, *running, share, self.skip_nonfinite)
+            options = self.skip_nonfinite, self.running_var_correction
+            steps.finalize_statistics(records, *running, share, *options)
 
     def _pooled_records(self, pool: Tensor) -> Tensor:
         return pool.view(1, -1)
@@ -201,7 +219,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
             self.skip_nonfinite,
+            self.running_var_correction,
         )
+
+    def _for_batch(self, input: Tensor, call: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return `call`, or that of evaluation for a batch of one value per channel, where that is wanted."""
+        if self.on_single_value == "error" or not self.training:
+            return call
+        vectors, (*_, eps, skip_nonfinite, correction) = call[:4], call
+        if vectors[0] is None or input.size(0) * math.prod(input.shape[2:]) != 1:
+            return call
+        return *vectors, None, False, 0.0, eps, skip_nonfinite, correction
 
     @property
     def frozen(self) -> bool:
@@ -288,12 +316,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """Return torch's description, and what differs from it."""
-        additions = [
-            f", {name}=True"
-            for name, value in (("skip_nonfinite", self.skip_nonfinite), ("frozen", self._frozen))
-            if value
-        ]
-        return super().extra_repr() + "".join(additions)
+        asked = "".join(f", {name}={value}" for name, value in self._extras().items())
+        return super().extra_repr() + asked
+
+    def _extras(self) -> dict[str, Any]:
+        """Return what was asked of this module that torch's cannot do."""
+        defaults = {
+            "skip_nonfinite": False,
+            "running_var_correction": 1,
+            "on_single_value": "error",
+            "frozen": False,
+        }
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 _DIFFERENCES = """
@@ -308,6 +343,18 @@ _DIFFERENCES = """
         As in torch; also ``bias`` (keyword) where the installed torch has it.
     skip_nonfinite : bool, keyword-only
         Leave the running statistics of a channel alone when its batch mean or variance is not finite.
+    running_var_correction : int, keyword-only
+        1: `running_var` averages the unbiased variance, the squares over one sample less than there are, as in torch.
+        0: the biased variance, which the batch is normalised with, as in TensorFlow, Keras and Flax.
+    on_single_value : str, keyword-only
+        What to do with a batch of one value per channel in training, of which there is no variance: ``"error"``, as in
+        torch, or ``"running"``: normalise with the running statistics, as in evaluation, and leave them alone. A batch
+        of which a mask counts one value is none of these.
+
+    Raises
+    ------
+    ValueError
+        A `running_var_correction` or `on_single_value` other than these.
 
     Shape: input and output {shapes}. ``forward`` has a keyword argument `mask`, as
     `batchnorm_ext.functional.batch_norm` has: the samples that count, of the shape of the input without its channels.
@@ -382,8 +429,8 @@ _ADDITIONS = """
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, skip_nonfinite
-        As in :class:`{name}`.
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in :class:`{name}`, and so are `skip_nonfinite`, `running_var_correction` and `on_single_value`.
     activation : str, keyword-only
         ``"identity"``, ``"relu"`` (default), ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or
         ``"hardswish"``.

@@ -71,8 +71,9 @@ class _BatchRenorm(_BatchNorm):
         """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return self._traced(input, mask=mask)
-        running_mean, running_var, weight, bias, *rest = self._call()
-        if not self.training or running_mean is None or input.numel() == 0:
+        running_mean, running_var, weight, bias, *rest = self._for_batch(input, self._call())
+        _, training, *_ = rest
+        if not training or running_mean is None or input.numel() == 0:
             return super().forward(input, mask=mask)
         self._check_input_dim(input)
         self._check_bounds()
@@ -111,8 +112,8 @@ _RENORM = """
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, skip_nonfinite
-        As in :class:`{name}`. Without running statistics there is nothing to correct towards: plain batch norm.
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in :class:`{name}`, and so are `skip_nonfinite`, `running_var_correction` and `on_single_value`. Without running statistics there is nothing to correct towards: plain batch norm.
     r_max, d_max : float, keyword-only
         Bounds of the correction, attributes that may be assigned at any time. 1 and 0 make it plain batch norm, which
         the paper begins with, going over to 3 and 5 once the running statistics have settled.

@@ -81,7 +81,7 @@ def joined_record(record: Tensor, input: Tensor, counted: Tensor | None, native:
     """Return the record of the samples of `record` and of those of `input` that are counted."""
     steps = _operators.steps(native)
     joined = torch.stack((record, steps.channel_statistics(input, counted)))
-    mean, variance, count = steps.finalize_statistics(joined, None, None, None, 0.0, False)
+    mean, variance, count = steps.finalize_statistics(joined, None, None, None, 0.0, False, 1)
     return torch.cat((record[:1], count, mean, variance * count))
 
 
@@ -92,7 +92,7 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
     """Training batch norm in steps, with first and second derivatives.
 
     ``StepwiseBatchNormFunction.apply(input, residual, counted, weight, bias, running_mean, running_var,
-    num_batches_tracked, momentum, eps, skip_nonfinite, activation, negative_slope, native, group, ranks)`` returns the
+    num_batches_tracked, momentum, eps, skip_nonfinite, correction, activation, negative_slope, native, group, ranks)`` returns the
     output for this process's part of the batch. Use the modules or `batchnorm_ext.functional.batch_norm_act` unless you
     build an operation of your own.
 
@@ -129,6 +129,7 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         skip_nonfinite: bool,
+        correction: int,
         activation: str,
         negative_slope: float,
         native: bool,
@@ -147,7 +148,13 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
                 "SyncBatchNorm: inputs of the ranks differ in their number of channels or their dtype",
             )
         mean, variance, count = steps.finalize_statistics(
-            records, running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite
+            records,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            skip_nonfinite,
+            correction,
         )
         need_dx, _, _, need_dweight, need_dbias = ctx.needs_input_grad[:5]
         need_deviation = need_dx or need_dweight
@@ -238,7 +245,7 @@ class StepwiseBatchNormFunction(torch.autograd.Function):
             dweight = sum_dy_xhat.to(ctx.dweight_dtype)
         if ctx.dbias_dtype is not None:
             dbias = sum_dy.to(ctx.dbias_dtype)
-        return (dx, dresidual if need_dresidual else None, None, dweight, dbias, *[None] * 11)
+        return (dx, dresidual if need_dresidual else None, None, dweight, dbias, *[None] * 12)
 
 
 def _differentiable_gradients(
@@ -312,6 +319,7 @@ def differentiable_batch_norm(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool,
+    correction: int,
 ) -> Tensor:
     """Return training batch norm over the samples that are counted, made of torch's own operations.
 
@@ -329,6 +337,7 @@ def differentiable_batch_norm(
             num_batches_tracked,
             momentum,
             skip_nonfinite,
+            correction,
         )
     scale = (variance + eps).rsqrt()
     scale = scale if weight is None else scale * weight

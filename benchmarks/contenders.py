@@ -207,7 +207,7 @@ class BatchnormExt(ModuleOps, Contender):
     def backward(self, problem: Problem) -> Prepared:
         p, native = problem, backend()
         saved = [
-            native.forward(x, p.weight, p.bias, None, None, None, True, p.momentum, p.eps, False)
+            native.forward(x, p.weight, p.bias, None, None, None, True, p.momentum, p.eps, False, 1)
             for x in p.x
         ]
         return Prepared(

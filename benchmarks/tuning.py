@@ -184,7 +184,7 @@ def prepared(native: ModuleType, problem: Problem, op: str) -> Prepared:
     def forward(i: int, training: bool) -> Any:
         running = (p.running_mean, p.running_var, None)
         return native.forward(
-            *(p.x[i], p.weight, p.bias), *running, training, p.momentum, p.eps, False
+            *(p.x[i], p.weight, p.bias), *running, training, p.momentum, p.eps, False, 1
         )
 
     if op != "backward":

@@ -61,6 +61,8 @@ class BatchNorm:
         How many batches the running statistics have seen before this one.
     counted : bool Tensor of shape (N, ...) or None
         Which samples the batch's own statistics are of; all where None.
+    correction : int
+        How many samples less than there are divide the squares in the running variance.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BatchNorm:
         eps: float = 1e-5,
         batches: int = 0,
         counted: torch.Tensor | None = None,
+        correction: int = 1,
     ) -> None:
         self.training = training
         self._x = exact(x)
@@ -118,12 +121,12 @@ class BatchNorm:
         self.running_mean = self.running_var = None
         if training and old_mean is not None and old_var is not None:
             share = np.longdouble(1 / (batches + 1) if momentum is None else momentum)
-            unbiased = self.variance * self._samples / np.longdouble(self._samples - 1)
+            corrected = self.variance * self._samples / np.longdouble(self._samples - correction)
             magnitude = self._mean(np.abs(self._x)) + stand_ins * np.sqrt(self.variance)
             self.running_mean = self._moved(old_mean, Exact(self.mean, magnitude), share)
             self.running_var = self._moved(
                 old_var,
-                Exact(unbiased, stand_ins * (unbiased + self._lost * np.sqrt(unbiased))),
+                Exact(corrected, stand_ins * (corrected + self._lost * np.sqrt(corrected))),
                 share,
             )
 

@@ -285,7 +285,7 @@ def test_statistics_of_an_empty_batch_are_zero(device):
         held = [torch.full((64,), torch.nan, device=device) for _ in range(4)]
         del held
         _, mean, inv_std = torch.ops.batchnorm_ext.forward(
-            x, None, None, None, None, None, True, 0.1, 1e-5, False
+            x, None, None, None, None, None, True, 0.1, 1e-5, False, 1
         )
         assert not mean.any()
         assert not inv_std.any()

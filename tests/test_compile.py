@@ -326,7 +326,7 @@ def test_fake_masks_have_the_size_of_real_ones(shape, layout, device):
 
     args = arguments(shape, device=device, layout=layout)
     statistics = (args.weight, args.bias, args.running_mean, args.running_var, None)
-    call = (args.x.detach(), None, *statistics, False, 0.1, 1e-5, False, "relu", 0.0, True)
+    call = (args.x.detach(), None, *statistics, False, 0.1, 1e-5, False, 1, "relu", 0.0, True)
     mask = _operators.forward_act(*call)[-1]
     fake = _operators._fake_forward_act(*call)[-1]
     assert (mask.shape, mask.dtype) == (fake.shape, fake.dtype)
@@ -356,7 +356,7 @@ def test_fused_operators_pass_opcheck(activation, training, dtype, device):
     for shape in ((4, 3, 5, 5), (7, 3, 1, 1)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
-            rest = (weight, bias, mean, var, counter, training, 0.1, 1e-5, False, *epilogue)
+            rest = (weight, bias, mean, var, counter, training, 0.1, 1e-5, False, 1, *epilogue)
             for residual in (None, x + 1):
                 check(ours.forward_act, x, residual, *rest, with_mask)
             joined = (mean.double(), var.double(), 1e-5)
@@ -400,7 +400,7 @@ def test_operators_pass_opcheck(training, dtype, device):
         forward = torch.ops.batchnorm_ext.forward.default
         torch.library.opcheck(
             forward,
-            (x, weight, bias, mean, var, counter, training, 0.1, 1e-5, False),
+            (x, weight, bias, mean, var, counter, training, 0.1, 1e-5, False, 1),
             test_utils=tests,
         )
         saved_mean, inv_std = torch.zeros(3, device=device), torch.ones(3, device=device)
@@ -454,6 +454,16 @@ def test_compiled_model_skips_nonfinite_batches():
     torch.compile(module, backend="aot_eager", fullgraph=True)(x)
     assert all(buffer.isfinite().all() for buffer in module.buffers())
     assert module[1].num_batches_tracked.item() == 1
+
+
+def test_compiled_options_of_the_running_statistics():
+    module = network(running_var_correction=0, on_single_value="running")
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for x in (*batches(2), torch.randn(1, 3, 8, 8)):
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+    assert [module[i].num_batches_tracked.item() for i in (1, 6)] == [3, 2]
 
 
 def test_compiled_under_autocast_and_inference_mode():

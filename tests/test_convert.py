@@ -208,14 +208,15 @@ def test_freeze_whole_model(affine):
 
 def test_revert_says_what_is_lost():
     module = nn.Sequential(
-        batchnorm_ext.BatchNorm2d(3, skip_nonfinite=True), batchnorm_ext.BatchNorm2d(3)
+        batchnorm_ext.BatchNorm2d(3, skip_nonfinite=True, running_var_correction=0),
+        batchnorm_ext.BatchNorm2d(3, on_single_value="running"),
     )
     module[1].freeze()
     with pytest.warns(UserWarning, match="dropped") as caught:
         revert_batchnorm(module)
     texts = [str(w.message) for w in caught]
-    assert any("skip_nonfinite" in text and text.startswith("0:") for text in texts)
-    assert any("freeze" in text and text.startswith("1:") for text in texts)
+    assert any("skip_nonfinite or running_var_correction" in text for text in texts)
+    assert any("on_single_value or freeze()" in text and text[:2] == "1:" for text in texts)
     assert vars(module[0]).keys() == vars(nn.BatchNorm2d(3)).keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -149,7 +149,7 @@ class Cut(torch.autograd.Function):
         batch_norm,
         lambda *args, **options: batchnorm_ext.functional.batch_norm_act(*args, **options),
         lambda x, mean, var, weight, bias, training: batchnorm_ext.BatchNormFunction.apply(
-            x, weight, bias, mean, var, None, training, 0.1, 1e-5, False
+            x, weight, bias, mean, var, None, training, 0.1, 1e-5, False, 1
         ),
         torch_batch_norm,
     ],

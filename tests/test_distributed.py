@@ -319,6 +319,11 @@ def options_hold(rank: int) -> None:
     torch.testing.assert_close(cumulative.running_var, joined.running_var, rtol=1e-10, atol=0)
     assert cumulative.num_batches_tracked == 3
 
+    biased = SyncBatchNorm(3, momentum=1.0, running_var_correction=0).double()
+    biased(mine)
+    expected = x.var((0, 2), correction=0)
+    torch.testing.assert_close(biased.running_var, expected, rtol=1e-10, atol=0)
+
     untracked = SyncBatchNorm(3, affine=False, track_running_stats=False)
     y = untracked(mine)
     expected = nn.BatchNorm1d(3, affine=False, track_running_stats=False)(x)
@@ -460,7 +465,7 @@ def fused_containers(rank: int, order: str) -> None:
     apply = StepwiseBatchNormFunction.apply
 
     def recorded(*arguments: Any) -> torch.Tensor:
-        epilogues.append((arguments[1] is not None, arguments[11]))
+        epilogues.append((arguments[1] is not None, arguments[12]))
         return apply(*arguments)
 
     with mock.patch.object(StepwiseBatchNormFunction, "apply", recorded):
@@ -909,7 +914,7 @@ def synchronised_step(
     y = StepwiseBatchNormFunction.apply(
         *(x, None, None, module.weight, module.bias),
         *(module.running_mean, module.running_var, module.num_batches_tracked),
-        *(module.momentum, module.eps, module.skip_nonfinite, "identity", 0.0),
+        *(module.momentum, module.eps, module.skip_nonfinite, 1, "identity", 0.0),
         *(True, dist.group.WORLD.group_name, 1),
     )
     return (y, *torch.autograd.grad(y, (x, module.weight, module.bias), dy))

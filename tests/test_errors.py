@@ -281,6 +281,16 @@ def test_constructors_refuse_what_torch_refuses(options):
         assert str(errors[0]) == str(errors[1])
 
 
+@pytest.mark.parametrize(
+    "option", [{"running_var_correction": 2}, {"on_single_value": "skip"}], ids=str
+)
+def test_unknown_options_are_refused(option):
+    (name,) = option
+    for kind in (batchnorm_ext.BatchNorm2d, batchnorm_ext.SyncBatchNorm):
+        with pytest.raises(ValueError, match=name):
+            kind(3, **option)
+
+
 def test_skip_nonfinite_is_keyword_only():
     with pytest.raises(TypeError):
         batchnorm_ext.BatchNorm2d(3, 1e-5, 0.1, True, True, None, None, True, True)
@@ -296,10 +306,10 @@ def test_backend_checks_without_the_python_layer():
     for name in good:
         vectors = {**good, name: torch.ones(2)}
         with pytest.raises(RuntimeError, match=f"{name} should contain 3 elements not 2"):
-            backend().forward(x, *vectors.values(), None, True, 0.1, 1e-5, False)
+            backend().forward(x, *vectors.values(), None, True, 0.1, 1e-5, False, 1)
     for counter in (torch.zeros((), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="num_batches_tracked"):
-            backend().forward(x, *good.values(), counter, True, 0.1, 1e-5, False)
+            backend().forward(x, *good.values(), counter, True, 0.1, 1e-5, False, 1)
     mean = inv_std = torch.ones(3)
     for wrong in (torch.randn(4, 3, 4), torch.randn(4, 2, 5), torch.randn(60)):
         with pytest.raises(RuntimeError):
@@ -321,7 +331,7 @@ def test_backend_checks_of_fused_calls_without_the_python_layer():
     x = torch.randn(4, 3, 5)
     vector = torch.ones(3)
     statistics = (vector, vector, vector.clone(), vector.clone(), None)
-    rest = (True, 0.1, 1e-5, False)
+    rest = (True, 0.1, 1e-5, False, 1)
     for residual in (x[:2], x.double(), x.transpose(1, 2)):
         with pytest.raises(RuntimeError, match="residual must have the"):
             backend().forward_act(x, residual, *statistics, *rest, "relu", 0.0, True)

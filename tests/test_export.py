@@ -52,7 +52,12 @@ def test_exported_for_any_batch_size(training, strict):
 
 @pytest.mark.parametrize(
     "options",
-    [{"momentum": None}, {"skip_nonfinite": True}, {"momentum": None, "skip_nonfinite": True}],
+    [
+        {"momentum": None},
+        {"skip_nonfinite": True},
+        {"momentum": None, "skip_nonfinite": True},
+        {"running_var_correction": 0},
+    ],
     ids=str,
 )
 def test_what_torchs_modules_lack_is_exported_too(options):

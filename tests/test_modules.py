@@ -479,6 +479,6 @@ def test_public_names():
 def test_function_can_be_applied_directly():
     x, weight, bias = torch.randn(4, 3, 5), torch.rand(3), torch.rand(3)
     y = batchnorm_ext.BatchNormFunction.apply(
-        x, weight, bias, None, None, None, True, 0.1, 1e-5, False
+        x, weight, bias, None, None, None, True, 0.1, 1e-5, False, 1
     )
     torch.testing.assert_close(y, nn.functional.batch_norm(x, None, None, weight, bias, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
@@ -412,6 +413,104 @@ def test_unbiased_variance_of_two_samples(device):
     assert_matches(
         var, Exact(exact(torch.tensor([4.5])), exact(torch.tensor([4.5]))), "running_var"
     )
+
+
+# ---- the biased variance ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
+def test_biased_variance_in_running_var(skip, layout, momentum, dtype, device):
+    options = {"momentum": momentum, "skip_nonfinite": skip, "running_var_correction": 0}
+    module = BatchNorm2d(3, device=device, **options)
+    fused = batchnorm_ext.BatchNormAct2d(3, activation="silu", device=device, **options)
+    if dtype == torch.float64:
+        module.double()
+        fused.double()
+    for count, x in enumerate(batches(3, (2, 3, 1, 2), dtype, device)):
+        x = x.contiguous(memory_format=getattr(torch, layout))
+        running = module.running_mean, module.running_var
+        rule = {"momentum": momentum, "batches": count, "correction": 0}
+        expected = BatchNorm(x, None, None, *running, **rule)
+        y = module(x)
+        assert_matches(y, expected.y, "y")
+        fused(x)
+        for updated in (module, fused):
+            assert_matches(updated.running_mean, expected.running_mean, "running_mean", dtype)
+            assert_matches(updated.running_var, expected.running_var, "running_var", dtype)
+
+
+def test_biased_variance_by_torchs_operator(device):
+    """What the kernels do not see, such as a conjugate's negative part, takes torch's operator."""
+    modules = [BatchNorm2d(3, running_var_correction=0, device=device) for _ in range(2)]
+    for x in batches(2, (3, 3, 1, 2), device=device):
+        modules[0](x)
+        modules[1](torch._neg_view(-x))
+    torch.testing.assert_close(modules[0].state_dict(), modules[1].state_dict())
+
+
+def test_biased_variance_of_masked_and_of_pooled_batches(device):
+    parts = batches(2, device=device)
+    mask = torch.rand(4, 5, 5, device=device) < 0.1
+    mask[0, 0, :2] = True
+    module = BatchNorm2d(3, running_var_correction=0, device=device)
+    running = module.running_mean, module.running_var
+    masked = BatchNorm(parts[0], None, None, *running, counted=mask, correction=0)
+    pooled = BatchNorm(torch.cat(parts), None, None, *running, correction=0)
+    with batchnorm_ext.pooled_statistics(module):
+        for x in parts:
+            module(x)
+    assert_matches(module.running_var, pooled.running_var, "running_var")
+    module.reset_running_stats()
+    module(parts[0], mask=mask)
+    assert_matches(module.running_var, masked.running_var, "running_var")
+
+
+# ---- a single value per channel -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["BatchNorm1d", "BatchNormAct1d", "BatchRenorm1d", "SyncBatchNorm"]
+)
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1)], ids=str)
+def test_a_single_value_is_normalised_as_in_evaluation(shape, kind, device):
+    module = getattr(batchnorm_ext, kind)(3, on_single_value="running", device=device)
+    module(torch.randn(4, *shape[1:], device=device) + 2)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    x = torch.randn(shape, device=device, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    expected = copy.deepcopy(module).eval()
+    z = x.detach().requires_grad_()
+    assert_bitwise(y, expected(z))
+    expected(z).sum().backward()
+    assert_bitwise(x.grad, z.grad)
+    for name, value in state.items():
+        assert_bitwise(module.state_dict()[name], value, name)
+    assert module.training
+    module(torch.randn(4, *shape[1:], device=device))
+    assert module.num_batches_tracked.item() == 2
+
+
+def test_a_single_value_without_running_statistics_is_an_error(device):
+    module = batchnorm_ext.BatchNorm1d(
+        3, track_running_stats=False, on_single_value="running", device=device
+    )
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        module(torch.randn(1, 3, device=device))
+
+
+def test_a_single_value_counts_nothing_in_a_pool(device):
+    module = batchnorm_ext.BatchNorm1d(3, on_single_value="running", device=device)
+    x = torch.randn(4, 3, device=device)
+    expected = BatchNorm(x, None, None, module.running_mean, module.running_var)
+    with batchnorm_ext.pooled_statistics(module):
+        module(x)
+        module(x[:1] + 100)
+    assert_matches(module.running_mean, expected.running_mean, "running_mean")
+    assert_matches(module.running_var, expected.running_var, "running_var")
 
 
 # ---- pooled over several passes -----------------------------------------------------------------

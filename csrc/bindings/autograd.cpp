@@ -273,7 +273,7 @@ bool is_recomputing() {
 ForwardArguments forward_arguments(Arguments& arguments, py::handle input, py::handle running_mean,
                                    py::handle running_var, py::handle weight, py::handle bias,
                                    py::handle num_batches_tracked, bool training, std::optional<double> momentum,
-                                   double eps, bool skip_nonfinite) {
+                                   double eps, bool skip_nonfinite, int64_t correction) {
   const bool recomputing = training && is_recomputing();
   const auto updated = [&](py::handle buffer) -> const Tensor& {
     const Tensor& tensor = arguments.take(buffer);
@@ -288,18 +288,19 @@ ForwardArguments forward_arguments(Arguments& arguments, py::handle input, py::h
           training,
           momentum,
           eps,
-          skip_nonfinite};
+          skip_nonfinite,
+          correction};
 }
 
 }  // namespace
 
 py::object fast_path(py::handle input_arg, py::handle running_mean_arg, py::handle running_var_arg,
                      py::handle weight_arg, py::handle bias_arg, py::handle num_batches_tracked_arg, bool training,
-                     std::optional<double> momentum, double eps, bool skip_nonfinite) {
+                     std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction) {
   Arguments arguments;
   const ForwardArguments call =
       forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
-                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite);
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction);
   const Tensor& input = call.input;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   Tensor output;
@@ -315,14 +316,15 @@ py::object fast_path(py::handle input_arg, py::handle running_mean_arg, py::hand
 py::object fast_path_act(py::handle input_arg, py::handle residual_arg, py::handle running_mean_arg,
                          py::handle running_var_arg, py::handle weight_arg, py::handle bias_arg,
                          py::handle num_batches_tracked_arg, bool training, std::optional<double> momentum, double eps,
-                         bool skip_nonfinite, std::string_view activation_name, double negative_slope, bool inplace) {
+                         bool skip_nonfinite, int64_t correction, std::string_view activation_name,
+                         double negative_slope, bool inplace) {
   const auto activation = activation_of(activation_name);
   if (!activation) return py::none();
   Arguments arguments;
   const Tensor& residual = arguments.take(residual_arg);
   const ForwardArguments call =
       forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
-                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite);
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction);
   const Tensor &input = call.input, &weight = call.weight, &bias = call.bias;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   if (residual.defined() && !like(residual, input)) return py::none();

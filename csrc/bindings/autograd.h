@@ -13,13 +13,14 @@ namespace batchnorm_ext::bindings {
 // argument is refused, and Python must look closer. Nothing is written before that is decided.
 pybind11::object fast_path(pybind11::handle input, pybind11::handle running_mean, pybind11::handle running_var,
                            pybind11::handle weight, pybind11::handle bias, pybind11::handle num_batches_tracked,
-                           bool training, std::optional<double> momentum, double eps, bool skip_nonfinite);
+                           bool training, std::optional<double> momentum, double eps, bool skip_nonfinite,
+                           int64_t correction);
 
 // The same of a fused call. `inplace` is a permission: the input is overwritten where its gradients can do without it.
 pybind11::object fast_path_act(pybind11::handle input, pybind11::handle residual, pybind11::handle running_mean,
                                pybind11::handle running_var, pybind11::handle weight, pybind11::handle bias,
                                pybind11::handle num_batches_tracked, bool training, std::optional<double> momentum,
-                               double eps, bool skip_nonfinite, std::string_view activation, double negative_slope,
-                               bool inplace);
+                               double eps, bool skip_nonfinite, int64_t correction, std::string_view activation,
+                               double negative_slope, bool inplace);
 
 }  // namespace batchnorm_ext::bindings

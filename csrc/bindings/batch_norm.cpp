@@ -51,6 +51,7 @@ Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, c
   params.running.momentum = call.momentum.value_or(0.0);
   params.running.cumulative = !call.momentum.has_value();
   params.running.skip_nonfinite = call.skip_nonfinite;
+  params.running.correction = call.correction;
   params.eps = call.eps;
   params.batch_statistics = training;
   params.mean = kept.mean;
@@ -125,7 +126,8 @@ namespace {
 ForwardArguments forward_arguments(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                    const OptionalTensor& num_batches_tracked, bool training,
-                                   std::optional<double> momentum, double eps, bool skip_nonfinite) {
+                                   std::optional<double> momentum, double eps, bool skip_nonfinite,
+                                   int64_t correction) {
   return {input,
           or_undefined(weight),
           or_undefined(bias),
@@ -135,7 +137,8 @@ ForwardArguments forward_arguments(const Tensor& input, const OptionalTensor& we
           training,
           momentum,
           eps,
-          skip_nonfinite};
+          skip_nonfinite,
+          correction};
 }
 
 }  // namespace
@@ -144,10 +147,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
                                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                            bool training, std::optional<double> momentum, double eps,
-                                           bool skip_nonfinite) {
+                                           bool skip_nonfinite, int64_t correction) {
   Tensor mean = empty_statistic(input), inv_std = empty_statistic(input);
   const auto call = forward_arguments(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                      momentum, eps, skip_nonfinite);
+                                      momentum, eps, skip_nonfinite, correction);
   auto result = forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr()}, nullptr);
   return {std::move(result.output), std::move(mean), std::move(inv_std)};
 }
@@ -155,12 +158,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
-    double negative_slope, bool with_mask) {
+    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction,
+    std::string_view activation, double negative_slope, bool with_mask) {
   const Fusion fusion{checked_activation(activation), negative_slope, or_undefined(residual), with_mask};
   Tensor mean = empty_statistic(input), inv_std = empty_statistic(input), shift = empty_statistic(input);
   const auto call = forward_arguments(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                      momentum, eps, skip_nonfinite);
+                                      momentum, eps, skip_nonfinite, correction);
   auto result =
       forward_call(call, {mean.mutable_data_ptr(), inv_std.mutable_data_ptr(), shift.mutable_data_ptr()}, &fusion);
   return {std::move(result.output), std::move(mean), std::move(inv_std), std::move(shift), std::move(result.mask)};

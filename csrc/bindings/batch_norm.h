@@ -30,6 +30,7 @@ struct ForwardArguments {
   std::optional<double> momentum;
   double eps;
   bool skip_nonfinite;
+  int64_t correction;
 };
 
 // The mask is undefined where it was not asked for.
@@ -68,14 +69,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
                                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                            bool training, std::optional<double> momentum, double eps,
-                                           bool skip_nonfinite);
+                                           bool skip_nonfinite, int64_t correction);
 
 // Returns (output, mean, inv_std, shift, mask), the mask undefined where not asked for.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
-    double negative_slope, bool with_mask);
+    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction,
+    std::string_view activation, double negative_slope, bool with_mask);
 
 // Gradients of forward: (dx, dweight, dbias), undefined where not asked for.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& input,

@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_operator(const Tensor& grad_output, 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_act_operator(
     const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, std::string_view activation,
-    double negative_slope, bool with_mask) {
+    bool training, std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction,
+    std::string_view activation, double negative_slope, bool with_mask) {
   auto results = forward_act(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                             momentum, eps, skip_nonfinite, activation, negative_slope, with_mask);
+                             momentum, eps, skip_nonfinite, correction, activation, negative_slope, with_mask);
   define(input, std::get<4>(results));
   return results;
 }
@@ -61,7 +61,8 @@ void register_operators() {
   static torch::Library library(torch::Library::DEF, namespace_name, std::nullopt, __FILE__, __LINE__);
   library.def(
       "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool skip_nonfinite) "
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool skip_nonfinite, int "
+      "correction) "
       "-> (Tensor, Tensor, Tensor)");
   library.def(
       "backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor mean, Tensor inv_std, bool training, "
@@ -69,7 +70,7 @@ void register_operators() {
   library.def(
       "forward_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
-      "bool skip_nonfinite, str activation, float negative_slope, bool with_mask) "
+      "bool skip_nonfinite, int correction, str activation, float negative_slope, bool with_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "backward_act(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? weight, Tensor mean, Tensor inv_std, "
@@ -118,7 +119,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native batch norm kernels; the Python package batchnorm_ext is the public interface.";
   m.def("forward", &bindings::forward, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
-        py::arg("eps"), py::arg("skip_nonfinite"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"), py::call_guard<py::gil_scoped_release>(),
         "Normalise input; in training also update the running statistics. Returns (output, mean, inv_std).");
   m.def("backward", &bindings::backward, py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("mean"),
         py::arg("inv_std"), py::arg("training"), py::arg("need_dx"), py::arg("dweight_dtype"), py::arg("dbias_dtype"),
@@ -126,12 +127,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Gradients of forward. Returns (dx, dweight, dbias), None where not asked for.");
   m.def("fast_path", &bindings::fast_path, py::arg("input"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("weight"), py::arg("bias"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
-        py::arg("eps"), py::arg("skip_nonfinite"),
+        py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"),
         "One whole call with autograd, or None where Python must look closer.");
   m.def("forward_act", &bindings::forward_act, py::arg("input"), py::arg("residual"), py::arg("weight"),
         py::arg("bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
-        py::arg("training"), py::arg("momentum"), py::arg("eps"), py::arg("skip_nonfinite"), py::arg("activation"),
-        py::arg("negative_slope"), py::arg("with_mask"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("training"), py::arg("momentum"), py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"),
+        py::arg("activation"), py::arg("negative_slope"), py::arg("with_mask"),
+        py::call_guard<py::gil_scoped_release>(),
         "forward, then add residual and apply the activation. Returns (output, mean, inv_std, shift, mask), the mask "
         "None where not asked for.");
   m.def("backward_act", &bindings::backward_act, py::arg("grad_output"), py::arg("input"), py::arg("residual"),
@@ -142,7 +144,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Gradients of forward_act. Returns (dx, dresidual, dweight, dbias), None where not asked for.");
   m.def("fast_path_act", &bindings::fast_path_act, py::arg("input"), py::arg("residual"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("weight"), py::arg("bias"), py::arg("num_batches_tracked"), py::arg("training"),
-        py::arg("momentum"), py::arg("eps"), py::arg("skip_nonfinite"), py::arg("activation"),
+        py::arg("momentum"), py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"), py::arg("activation"),
         py::arg("negative_slope"), py::arg("inplace"),
         "One whole fused call with autograd, or None where Python must look closer.");
   bindings::define_steps(m);

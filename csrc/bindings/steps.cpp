@@ -133,7 +133,8 @@ Tensor channel_statistics(const Tensor& input, const OptionalTensor& counted_arg
 std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, const OptionalTensor& running_mean_arg,
                                                        const OptionalTensor& running_var_arg,
                                                        const OptionalTensor& counter_arg,
-                                                       std::optional<double> momentum, bool skip_nonfinite) {
+                                                       std::optional<double> momentum, bool skip_nonfinite,
+                                                       int64_t correction) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   check_device(records);
   TORCH_CHECK(records.dim() == 2 && records.size(1) >= record_header && records.size(1) % 2 == 0,
@@ -161,6 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, co
   params.running.momentum = momentum.value_or(0.0);
   params.running.cumulative = !momentum.has_value();
   params.running.skip_nonfinite = skip_nonfinite;
+  params.running.correction = correction;
   params.mean = mean.mutable_data_ptr<double>();
   params.variance = variance.mutable_data_ptr<double>();
   params.count = count.mutable_data_ptr<double>();
@@ -298,7 +300,7 @@ void define_steps(pybind11::module_& module) {
              "means, m2s.");
   module.def("finalize_statistics", &finalize_statistics, py::arg("records"), py::arg("running_mean"),
              py::arg("running_var"), py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("skip_nonfinite"),
-             without_gil,
+             py::arg("correction"), without_gil,
              "Merge records in their order; update the running statistics. Returns (mean, variance, count).");
   module.def("normalize", &normalize, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"),
              py::arg("variance"), py::arg("eps"), without_gil,
@@ -335,7 +337,8 @@ void register_step_operators() {
   library.def("channel_statistics(Tensor input, Tensor? counted=None) -> Tensor");
   library.def(
       "finalize_statistics(Tensor records, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, bool skip_nonfinite) -> (Tensor, Tensor, Tensor)");
+      "Tensor(c!)? num_batches_tracked, float? momentum, bool skip_nonfinite, int correction) -> (Tensor, Tensor, "
+      "Tensor)");
   library.def(
       "normalize(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, float eps) "
       "-> (Tensor, Tensor, Tensor)");

@@ -21,7 +21,8 @@ Tensor channel_statistics(const Tensor& input, const OptionalTensor& counted);
 std::tuple<Tensor, Tensor, Tensor> finalize_statistics(const Tensor& records, const OptionalTensor& running_mean,
                                                        const OptionalTensor& running_var,
                                                        const OptionalTensor& num_batches_tracked,
-                                                       std::optional<double> momentum, bool skip_nonfinite);
+                                                       std::optional<double> momentum, bool skip_nonfinite,
+                                                       int64_t correction);
 
 // Normalises input with float64 mean and variance. Returns (output, mean, inv_std).
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight,

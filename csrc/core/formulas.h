@@ -93,8 +93,8 @@ BN_HOST_DEVICE double running_average(double running, double batch, double momen
 
 // What goes into the running variance. A single sample has no unbiased variance: the division gives NaN or infinity, as
 // torch's does.
-BN_HOST_DEVICE double unbiased_variance_of(const Moments<double>& moments) {
-  return moments.m2 / static_cast<double>(moments.count - 1);
+BN_HOST_DEVICE double corrected_variance_of(const Moments<double>& moments, int64_t correction) {
+  return moments.m2 / static_cast<double>(moments.count - correction);
 }
 
 BN_HOST_DEVICE bool are_finite(double a, double b) {
@@ -112,12 +112,12 @@ BN_HOST_DEVICE RunningBits read_running_statistics(const RunningStatistics& runn
 BN_HOST_DEVICE void update_running_statistics(const RunningStatistics& running, int64_t channel,
                                               const RunningBits& before, const Moments<double>& moments,
                                               double momentum) {
-  const double unbiased = unbiased_variance_of(moments);
-  if (running.skip_nonfinite && !are_finite(moments.mean, unbiased)) return;
+  const double batch_variance = corrected_variance_of(moments, running.correction);
+  if (running.skip_nonfinite && !are_finite(moments.mean, batch_variance)) return;
   const double mean = running.mean.read_only().value(before.mean, 0.0);
   const double variance = running.variance.read_only().value(before.variance, 0.0);
   running.mean.store(channel, running_average(mean, moments.mean, momentum));
-  running.variance.store(channel, running_average(variance, unbiased, momentum));
+  running.variance.store(channel, running_average(variance, batch_variance, momentum));
 }
 
 // One channel of finalize_statistics over records. Parts without samples do not matter, and a batch of none leaves the

@@ -95,6 +95,7 @@ struct RunningStatistics {
   double momentum = 0.0;                   // weight of the new batch; unused when cumulative
   bool cumulative = false;                 // momentum is 1 / num_batches_tracked after the increment
   bool skip_nonfinite = false;             // a channel with a non-finite batch mean or variance keeps its old values
+  int64_t correction = 1;                  // the batch's variance is the squares over the samples less these: 1 or 0
 };
 
 // All as in torch.nn.functional; elu has alpha = 1. core/activation.h computes them.

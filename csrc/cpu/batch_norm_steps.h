@@ -112,10 +112,10 @@ BN_CPU_NOINLINE void update_running_statistics(const RunningStatistics& running,
   read(running.mean, channels, 0.0, mean);
   read(running.variance, channels, 0.0, variance);
   for (int64_t i = 0; i < channels.size(); ++i) {
-    const double unbiased = unbiased_variance_of(Moments<double>{means[i], m2s[i], count});
-    const bool kept = running.skip_nonfinite && !are_finite(means[i], unbiased);
+    const double batch_variance = corrected_variance_of(Moments<double>{means[i], m2s[i], count}, running.correction);
+    const bool kept = running.skip_nonfinite && !are_finite(means[i], batch_variance);
     mean[i] = kept ? mean[i] : running_average(mean[i], means[i], running.momentum);
-    variance[i] = kept ? variance[i] : running_average(variance[i], unbiased, running.momentum);
+    variance[i] = kept ? variance[i] : running_average(variance[i], batch_variance, running.momentum);
   }
   write(running.mean, channels, mean);
   write(running.variance, channels, variance);
