@@ -833,6 +833,59 @@ void nonfinite() {
   }
 }
 
+// What a vector has of other channels does not matter: whatever one of them holds, the others' results are the same.
+void neighbours() {
+  constexpr int64_t kSpoilt = 2;
+  const auto results = [](const Case& c, double bad) {
+    Tensors t = inputs(c);
+    for (Buffer* tensor : {&t.x, &t.dy, &t.residual}) {
+      for (int64_t s = 0; tensor->size() > 0 && s < c.shape.samples(); ++s) {
+        tensor->set(index_of(c.shape, kSpoilt, s), bad);
+      }
+    }
+    run(c, forward_params(c, t));
+    run(c, backward_params(c, t, true, true, true));
+    return t;
+  };
+  const auto compare = [&](const Case& c) {
+    Tensors sound = results(c, 1.0), spoilt = results(c, std::numeric_limits<double>::quiet_NaN());
+    bool same = true;
+    for (auto member : {&Tensors::y, &Tensors::dx, &Tensors::dresidual}) {
+      for (int64_t i = 0; i < (sound.*member).size(); ++i) {
+        if (i / c.shape.inner % c.shape.channels != kSpoilt) same &= (sound.*member).get(i) == (spoilt.*member).get(i);
+      }
+    }
+    for (auto member : {&Tensors::mean, &Tensors::inv_std, &Tensors::running_mean, &Tensors::running_var,
+                        &Tensors::dweight, &Tensors::dbias}) {
+      for (int64_t i = 0; i < c.shape.channels; ++i) {
+        if (i != kSpoilt) same &= (sound.*member).get(i) == (spoilt.*member).get(i);
+      }
+    }
+    report(same, c.name + " " + name_of(c.dtype) + ", beside a channel of NaN");
+  };
+  for (const Shape shape :
+       {Shape{3, 4, 1031}, Shape{12, 4, 1225}, Shape{40, 9, 7}, Shape{6, 41, 49}, Shape{70, 5, 1}}) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      for (const bool training : {true, false}) {
+        for (const bool epilogue : {false, true}) {
+          Case c{"runs of " + std::to_string(shape.inner), shape, dtype};
+          c.training = training;
+          c.residual = epilogue;
+          c.activation = epilogue ? Activation::silu : Activation::identity;
+          compare(c);
+          compare(streaming(c));
+          for (const auto exchange : {cuda::Exchange::cluster, cuda::Exchange::grid}) {
+            if (const auto by_groups = grouped(c, exchange)) compare(*by_groups);
+          }
+          for (const int direction : {0, 1}) {
+            if (const auto residue = with_residue(c, direction)) compare(*residue);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Tiles that some device holds in clusters beyond the portable size.
 void large_clusters() {
   for (const Shape shape : {Shape{24, 2, 2100}, Shape{9, 3, 4099}, Shape{1200, 40, 1}, Shape{130, 12, 49}}) {
@@ -1244,6 +1297,7 @@ int main() {
   alignments();
   numerics();
   nonfinite();
+  neighbours();
   in_place();
   residues();
   residues_are_kept();

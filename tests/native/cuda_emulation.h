@@ -157,6 +157,9 @@ inline unsigned lane_below(unsigned distance) {
 inline int __ffs(int value) {
   return __builtin_ffs(value);
 }
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
+}
 template <class V>
 V __ldcs(const V* address) {
   return *address;

@@ -46,7 +46,16 @@ std::string describe(const Device& device, const Shape& shape, DType dtype, cons
   return text;
 }
 
-// Walks as the kernels do. Counts visits and checks each visit's channel, and that whole vectors lie at boundaries.
+// Whether what is read at once lies in the tensor, at a boundary, and has something that is meant.
+template <int kVector>
+bool is_readable(const Slot& slot, const Shape& shape, int64_t misalignment) {
+  return !has_flags(slot.flags, Slot::kAtOnce) ||
+         ((slot.flags & Slot::elements(0, kVector)) != 0 && (slot.offset + misalignment) % kVector == 0 &&
+          slot.offset >= 0 && slot.offset + kVector <= shape.elements());
+}
+
+// Walks as the kernels do. Counts visits and checks each visit's channel, and that all is read at once but what reaches
+// over the tensor's ends.
 template <int kVector, class View>
 bool covers(const StepPlan& plan, const View& view, const Shape& shape) {
   std::vector<int> visits(static_cast<size_t>(shape.elements()));
@@ -62,8 +71,9 @@ bool covers(const StepPlan& plan, const View& view, const Shape& shape) {
         int64_t samples[kChannels] = {};
         for (int64_t n = walk.count(); n > 0; --n) {
           const Slot slot = walk.next();
-          const bool whole = slot.low == 0 && slot.high == kVector;
-          if (whole && (slot.offset + view.misalignment) % kVector != 0) return false;
+          if (!is_readable<kVector>(slot, shape, view.misalignment)) return false;
+          const bool within = slot.offset >= 0 && slot.offset + kVector <= shape.elements();
+          if (!slot.is_empty() && within && !has_flags(slot.flags, Slot::kAtOnce)) return false;
           for (int e = 0; e < kVector; ++e) {
             if (!slot.holds(e)) continue;
             const int64_t i = slot.offset + e;
@@ -109,10 +119,36 @@ bool is_launchable(const StepPlan& plan) {
          view.fold_width >= 1 && view.fold_width <= 32 && view.tile_channels <= kBlockThreads * plan.vector;
 }
 
+// Whether the walks of some threads of some splits go through runs of any length as they should.
+template <int kVector>
+bool walks_runs(const StepPlan& plan) {
+  const RowView& view = plan.row_view;
+  const Shape& shape = view.shape;
+  const int64_t vectors = shape.outer * view.run_vectors;
+  const int64_t channel = shape.channels - 1;
+  for (const int64_t split : {int64_t(0), plan.splits / 3, plan.splits / 2, plan.splits - 1}) {
+    for (const unsigned thread : {0u, 77u, 255u}) {
+      threadIdx.x = thread;
+      TileWalk<RowView, kVector, kBlockThreads> walk(view, {channel, 1}, split);
+      const int64_t end = std::min(vectors, (split + 1) * view.split_vectors);
+      for (int64_t i = split * view.split_vectors + thread; i < end; i += kBlockThreads) {
+        const int64_t first = (i / view.run_vectors * shape.channels + channel) * shape.inner;
+        const int64_t head = (first + view.misalignment) % kVector;
+        const int64_t offset = first - head + i % view.run_vectors * kVector;
+        const int64_t low = std::max(first, offset), high = std::min(first + shape.inner, offset + kVector);
+        const unsigned wanted = Slot::elements(static_cast<int>(low - offset), static_cast<int>(high - offset));
+        const Slot slot = walk.next();
+        if (slot.offset != offset || (slot.flags & Slot::elements(0, kVector)) != wanted) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // Where each element's bit of a mask lies, as the kernels of a plan find it; empty where two threads write a byte, or
 // one lies outside, or what is taken for a vector starts off a boundary.
 template <class View>
-std::vector<int64_t> mask_bits(const StepPlan& plan, const View& view, const Shape& shape, DType dtype) {
+std::vector<int64_t> mask_bits(const StepPlan& plan, const View& view, const Shape& shape) {
   using Walk = TileWalk<View, kEpilogueVector, kBlockThreads, true>;
   std::vector<int64_t> bits(static_cast<size_t>(shape.elements()), -1);
   std::vector<bool> taken(static_cast<size_t>(mask_bytes(shape)));
@@ -123,12 +159,12 @@ std::vector<int64_t> mask_bits(const StepPlan& plan, const View& view, const Sha
         Walk walk(view, Walk::tile(view, t), split);
         for (int64_t n = walk.count(); n > 0; --n) {
           const Slot slot = walk.next();
-          if (slot.high <= slot.low) continue;
+          if (!is_readable<kEpilogueVector>(slot, shape, 0)) return {};
+          if (slot.is_empty()) continue;
           if (slot.number < 0 || slot.number >= mask_bytes(shape) || taken[slot.number]) return {};
           taken[slot.number] = true;
-          const bool whole = slot.low == 0 && slot.high == kEpilogueVector && walk.at_boundary(slot);
-          if (whole && slot.offset * element_size(dtype) % 16 != 0) return {};
-          for (int e = slot.low; e < slot.high; ++e) {
+          for (int e = 0; e < kEpilogueVector; ++e) {
+            if (!slot.holds(e)) continue;
             if (slot.offset + e < 0 || slot.offset + e >= shape.elements() || bits[slot.offset + e] >= 0) return {};
             bits[slot.offset + e] = 8 * slot.number + e;
           }
@@ -139,8 +175,8 @@ std::vector<int64_t> mask_bits(const StepPlan& plan, const View& view, const Sha
   return std::find(bits.begin(), bits.end(), -1) == bits.end() ? bits : std::vector<int64_t>();
 }
 
-std::vector<int64_t> mask_bits(const StepPlan& plan, const Shape& shape, DType dtype) {
-  return plan.rows ? mask_bits(plan, plan.row_view, shape, dtype) : mask_bits(plan, plan.column_view, shape, dtype);
+std::vector<int64_t> mask_bits(const StepPlan& plan, const Shape& shape) {
+  return plan.rows ? mask_bits(plan, plan.row_view, shape) : mask_bits(plan, plan.column_view, shape);
 }
 
 BackwardParams backward_call(const Shape& shape, DType dtype, int64_t misalignment) {
@@ -217,14 +253,13 @@ void masks() {
     const int64_t channels = 1 + (below(2) ? below(40) : below(1 + 3000 / inner));
     const Shape shape{1 + below(std::max<int64_t>(1, 40000 / (channels * inner))), channels, inner};
     const DType dtype = all_dtypes[below(4)];
-    const std::vector<int64_t> bits =
-        mask_bits(plan_step(shape, dtype, {0, true}, devices[0].limits, true), shape, dtype);
+    const std::vector<int64_t> bits = mask_bits(plan_step(shape, dtype, {0, true}, devices[0].limits, true), shape);
     report(!bits.empty(), "each element has a bit: " + describe(devices[0], shape, dtype, {0, true}));
     for (const Device& device : devices) {
       for (const Alignment& alignment : {Alignment{0, true}, Alignment{1, true}, Alignment{0, false}}) {
         const StepPlan plan = plan_step(shape, dtype, alignment, device.limits, true);
         const std::string name = describe(device, shape, dtype, alignment);
-        report(is_launchable(plan) && mask_bits(plan, shape, dtype) == bits, "the same bits: " + name);
+        report(is_launchable(plan) && mask_bits(plan, shape) == bits, "the same bits: " + name);
         report(plan.coefficient_places() * int64_t(sizeof(ActivatedGradientCoefficients<double>)) <= 48 << 10,
                "coefficients of a tile: " + name);
       }
@@ -233,7 +268,7 @@ void masks() {
       const ResidentPlan resident = plan_backward(call, device.limits).resident;
       if (!resident.fits) continue;
       ++residents;
-      report(groups_can_run(resident, device.limits) && mask_bits(resident.step, shape, dtype) == bits,
+      report(groups_can_run(resident, device.limits) && mask_bits(resident.step, shape) == bits,
              "the same bits of resident blocks: " + describe(device, shape, dtype, {0, true}));
     }
   }
@@ -289,6 +324,12 @@ void choices() {
   const StepPlan large = plan(huge, DType::bfloat16);
   report(large.row_view.split_vectors * large.splits >= huge.outer * large.row_view.run_vectors && is_launchable(large),
          "runs of more than 2^31 elements");
+  for (const int64_t inner : {int64_t(513), int64_t(1225), (int64_t(1) << 35) + 3}) {
+    const Shape shape{inner > 5000 ? 2 : 1 << 14, 2, inner};
+    report(walks_runs<1>(plan_step(shape, DType::bfloat16, {0, false}, h200)), "runs of " + std::to_string(inner));
+    report(walks_runs<8>(plan_step(shape, DType::bfloat16, {3, true}, h200)),
+           "vectors of runs of " + std::to_string(inner));
+  }
   const Shape tall{int64_t(1) << 34, 8, 1};
   const StepPlan rows = plan(tall, DType::bfloat16);
   report(rows.column_view.phase_rows * rows.splits >= tall.outer && is_launchable(rows), "more than 2^31 rows");

@@ -40,32 +40,37 @@ struct ChannelStatistics {
   }
   __device__ __forceinline__ Accumulator begin(Channel pivot) const { return {pivot, A(0), A(0)}; }
 
-  template <class Whole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&sums)[kSums],
-                                             Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
-                                             bool first) const {
+  template <int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                             const Slot (&slots)[kUnroll], bool first) const {
+    // Elements that are not meant read as the pivot, which is a value of T, and add zero.
+    const auto fill = [&] {
+      fill_unmeant(packs[0], slots, [&](int e) { return narrow<T>(sums[kSums == 1 ? 0 : e].pivot); });
+    };
+    // Of the chunk's elements, those of the sum's channel.
+    constexpr int kElements = kVector / kSums;
+    const auto deviation = [&](int a, int u, int i) {
+      return widen(packs[0][u].values[kSums == 1 ? i : a]) - sums[a].pivot;
+    };
+    fill();
+    if (first) {
 #pragma unroll
-    for (int a = 0; a < kSums; ++a) {
-      // Of the chunk's elements, those of this sum's channel; one that is not meant reads as the pivot and adds zero.
-      constexpr int kElements = kVector / kSums;
-      const auto deviation = [&](int u, int i) {
-        const int e = kSums == 1 ? i : a;
-        return whole.value || slots[u].holds(e) ? widen(packs[0][u].values[e]) - sums[a].pivot : A(0);
-      };
-      if (first) {
+      for (int a = 0; a < kSums; ++a) {
         A sum = 0;
         int count = 0;
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+          count += kSums == 1 ? __popc(slots[u].flags & Slot::elements(0, kVector)) : slots[u].holds(a);
 #pragma unroll
-          for (int i = 0; i < kElements; ++i) {
-            sum += deviation(u, i);
-            count += whole.value || slots[u].holds(kSums == 1 ? i : a) ? 1 : 0;
-          }
+          for (int i = 0; i < kElements; ++i) sum += deviation(a, u, i);
         }
         const A shift = count == 0 ? A(0) : sum / static_cast<A>(count);
-        if (shift - shift == 0) sums[a].pivot += shift;
+        if (shift - shift == 0) sums[a].pivot = widen(narrow<T>(sums[a].pivot + shift));
       }
+      fill();
+    }
+#pragma unroll
+    for (int a = 0; a < kSums; ++a) {
       // Several short chains of additions, then their sum: faster, and more exact, than one long one.
       A sum[kUnroll], squares[kUnroll];
 #pragma unroll
@@ -73,7 +78,7 @@ struct ChannelStatistics {
         sum[u] = squares[u] = A(0);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          const A d = deviation(u, i);
+          const A d = deviation(a, u, i);
           sum[u] += d;
           squares[u] = multiply_add(d, d, squares[u]);
         }

@@ -30,14 +30,14 @@ struct Beside {
   unsigned bits[kUnroll];
 };
 
-template <Reuse kReuse, int kVector, class Whole, class T, int kUnroll>
-__device__ __forceinline__ Beside<T, kVector, kUnroll> read_beside(Whole whole, const T* residual, const uint8_t* mask,
+template <Reuse kReuse, int kVector, class T, int kUnroll>
+__device__ __forceinline__ Beside<T, kVector, kUnroll> read_beside(const T* residual, const uint8_t* mask,
                                                                    const Slot (&slots)[kUnroll]) {
   Beside<T, kVector, kUnroll> beside{};
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (residual != nullptr) load<kReuse>(whole, beside.residuals[u], residual, slots[u]);
-    if (mask != nullptr && slots[u].high > slots[u].low) beside.bits[u] = mask[slots[u].number];
+    if (residual != nullptr) load<kReuse>(beside.residuals[u], residual, slots[u]);
+    if (mask != nullptr && !slots[u].is_empty()) beside.bits[u] = mask[slots[u].number];
   }
   return beside;
 }
@@ -57,14 +57,13 @@ struct ForwardEpilogue {
     if (shift != nullptr) shift[channel] = coefficients.shift;
   }
 
-  template <int kVector, class Whole, int kUnroll>
-  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(Whole whole, const Slot (&slots)[kUnroll]) const {
-    return read_beside<Reuse::none, kVector>(whole, residual, nullptr, slots);
+  template <int kVector, int kUnroll>
+  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(const Slot (&slots)[kUnroll]) const {
+    return read_beside<Reuse::none, kVector>(residual, nullptr, slots);
   }
 
-  template <class Whole, int kVector, int kUnroll, int kSets>
-  __device__ __forceinline__ void operator()(Whole whole, Pack<T, kVector> (&x)[kUnroll],
-                                             const Beside<T, kVector, kUnroll>& beside,
+  template <int kVector, int kUnroll, int kSets>
+  __device__ __forceinline__ void operator()(Pack<T, kVector> (&x)[kUnroll], const Beside<T, kVector, kUnroll>& beside,
                                              const NormalizeCoefficients<A> (&coefficients)[kSets],
                                              const Slot (&slots)[kUnroll], T* y, Reuse reuse) const {
 #pragma unroll
@@ -74,21 +73,20 @@ struct ForwardEpilogue {
       for (int e = 0; e < kVector; ++e) {
         u[e] = coefficients[kSets == 1 ? 0 : e](widen(x[i].values[e])) + widen(beside.residuals[i].values[e]);
       }
-      if (mask != nullptr && slots[i].high > slots[i].low) {
+      if (mask != nullptr && !slots[i].is_empty()) {
         static_assert(kVector == 8);
         unsigned bits = 0;
 #pragma unroll
         for (int e = 0; e < kVector; ++e) bits |= blocked(u[e], activation) ? 0u : 1u << e;
-        mask[slots[i].number] = static_cast<uint8_t>(bits);
+        mask[slots[i].number] = static_cast<uint8_t>(bits & slots[i].flags);
       }
       with_activation(activation, [&](auto which) {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) u[e] = activate<decltype(which)::value>(u[e], negative_slope);
       });
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) x[i].values[e] = narrow<T>(u[e]);
+      narrow_all(x[i], u);
     }
-    store(whole, x, y, slots, reuse);
+    store(x, y, slots, reuse);
   }
 };
 
@@ -108,11 +106,11 @@ struct NormalizeActivate : Normalize<T_> {
     return of_channel;
   }
 
-  template <class Whole, int kVector, int kSets>
-  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kUnroll],
+  template <int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Pack<T, kVector> (&packs)[1][kUnroll],
                                                 const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
                                                 T* output, Reuse reuse) const {
-    epilogue(whole, packs[0], epilogue.template read_slots<kVector>(whole, slots), coefficients, slots, output, reuse);
+    epilogue(packs[0], epilogue.template read_slots<kVector>(slots), coefficients, slots, output, reuse);
   }
 };
 
@@ -139,16 +137,16 @@ struct StatisticsActivate : ChannelStatistics<T_, kStatisticsUnroll<T_>> {
     if (active && saves) epilogue.save(channel, *to);
   }
 
-  template <int kVector, class Whole>
-  __device__ __forceinline__ auto read_to_map(Whole whole, const Slot (&slots)[kMapUnroll]) const {
-    return epilogue.template read_slots<kVector>(whole, slots);
+  template <int kVector>
+  __device__ __forceinline__ auto read_to_map(const Slot (&slots)[kMapUnroll]) const {
+    return epilogue.template read_slots<kVector>(slots);
   }
-  template <class Whole, int kVector, int kSets>
-  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[1][kMapUnroll],
+  template <int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Pack<T, kVector> (&packs)[1][kMapUnroll],
                                                 const Beside<T, kVector, kMapUnroll>& beside,
                                                 const Coefficients (&coefficients)[kSets],
                                                 const Slot (&slots)[kMapUnroll], T* output, Reuse reuse) const {
-    epilogue(whole, packs[0], beside, coefficients, slots, output, reuse);
+    epilogue(packs[0], beside, coefficients, slots, output, reuse);
   }
 };
 
@@ -182,15 +180,15 @@ struct BackwardEpilogue {
 
   // What is read besides dy and x is read again where it is needed twice: of a mask that is little, and a residual kept
   // on the chip would take from dy and x, whose second reading costs twice as much.
-  template <Reuse kReuse, int kVector, class Whole, int kUnroll>
-  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(Whole whole, const Slot (&slots)[kUnroll]) const {
-    return read_beside<kReuse, kVector>(whole, residual, mask, slots);
+  template <Reuse kReuse, int kVector, int kUnroll>
+  __device__ __forceinline__ Beside<T, kVector, kUnroll> read_slots(const Slot (&slots)[kUnroll]) const {
+    return read_beside<kReuse, kVector>(residual, mask, slots);
   }
 
   // Calls use(i, gradients, deviations) for each slot i of `packs`, dy and x. Gradients are stored to `dresidual`, if
   // not null.
-  template <class Whole, int kVector, int kUnroll, int kSets, class Use>
-  __device__ __forceinline__ void operator()(Whole whole, const Pack<T, kVector> (&packs)[2][kUnroll],
+  template <int kVector, int kUnroll, int kSets, class Use>
+  __device__ __forceinline__ void operator()(const Pack<T, kVector> (&packs)[2][kUnroll],
                                              const Beside<T, kVector, kUnroll>& beside,
                                              const NormalizeCoefficients<A> (&coefficients)[kSets],
                                              const Slot (&slots)[kUnroll], T* dresidual, Use&& use) const {
@@ -235,9 +233,8 @@ struct BackwardEpilogue {
       for (int e = 0; e < kVector; ++e) gradients[e] = widen(packs[0][i].values[e]) * u[e];
       if (dresidual != nullptr) {
         Pack<T, kVector> pack;
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) pack.values[e] = narrow<T>(gradients[e]);
-        store(whole, pack, dresidual, slots[i], Reuse::soon);
+        narrow_all(pack, gradients);
+        store(pack, dresidual, slots[i], Reuse::soon);
       }
       use(i, gradients, deviations);
     }
@@ -245,9 +242,9 @@ struct BackwardEpilogue {
 };
 
 // Maps dy and x to dx and dresidual, each if not null. `frozen`: with running statistics.
-template <class Whole, class T, int kVector, int kUnroll, int kSets>
+template <class T, int kVector, int kUnroll, int kSets>
 __device__ __forceinline__ void map_gradients(
-    const BackwardEpilogue<T>& epilogue, bool frozen, Whole whole, Pack<T, kVector> (&packs)[2][kUnroll],
+    const BackwardEpilogue<T>& epilogue, bool frozen, Pack<T, kVector> (&packs)[2][kUnroll],
     const Beside<T, kVector, kUnroll>& beside,
     const ActivatedGradientCoefficients<accumulate_t<T>> (&coefficients)[kSets], const Slot (&slots)[kUnroll], T* dx,
     T* dresidual, Reuse reuse) {
@@ -255,16 +252,17 @@ __device__ __forceinline__ void map_gradients(
   NormalizeCoefficients<A> normalize[kSets];
 #pragma unroll
   for (int a = 0; a < kSets; ++a) normalize[a] = coefficients[a].normalize;
-  epilogue(whole, packs, beside, normalize, slots, dresidual,
+  epilogue(packs, beside, normalize, slots, dresidual,
            [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
+             A values[kVector];
 #pragma unroll
              for (int e = 0; e < kVector; ++e) {
                const auto& c = coefficients[kSets == 1 ? 0 : e];
-               packs[0][i].values[e] =
-                   narrow<T>(frozen ? c.input_gradient(gradients[e]) : c.input_gradient(gradients[e], deviations[e]));
+               values[e] = frozen ? c.input_gradient(gradients[e]) : c.input_gradient(gradients[e], deviations[e]);
              }
+             narrow_all(packs[0][i], values);
            });
-  if (dx != nullptr) store(whole, packs[0], dx, slots, reuse);
+  if (dx != nullptr) store(packs[0], dx, slots, reuse);
 }
 
 // The step gradient_sums behind an epilogue, and all steps of backward as `resident` runs them; kSlots at a time.
@@ -300,36 +298,41 @@ struct ActivatedGradientSums {
     return {epilogue.coefficients(of), A(0), A(0)};
   }
 
-  template <int kVector, class Whole>
-  __device__ __forceinline__ auto read_to_sum(Whole whole, const Slot (&slots)[kUnroll]) const {
-    return epilogue.template read_slots<Reuse::soon, kVector>(whole, slots);
+  template <int kVector>
+  __device__ __forceinline__ auto read_to_sum(const Slot (&slots)[kUnroll]) const {
+    return epilogue.template read_slots<Reuse::soon, kVector>(slots);
   }
-  template <class Whole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&accumulators)[kSums],
+  template <int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&accumulators)[kSums],
                                              Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
                                              bool first) const {
-    accumulate(whole, accumulators, packs, read_to_sum<kVector>(whole, slots), slots, first);
+    accumulate(accumulators, packs, read_to_sum<kVector>(slots), slots, first);
   }
-  template <class Whole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&accumulators)[kSums],
+  template <int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&accumulators)[kSums],
                                              Pack<T, kVector> (&packs)[kInputs][kUnroll],
-                                             const Beside<T, kVector, kUnroll>& beside, const Slot (&slots)[kUnroll],
+                                             Beside<T, kVector, kUnroll> beside, const Slot (&slots)[kUnroll],
                                              bool) const {
+    const auto zero = [](int) { return T{}; };  // with a dy of which the others add zero, if they are finite
+    fill_unmeant(packs[0], slots, zero);
+    fill_unmeant(packs[1], slots, zero);
+    fill_unmeant(beside.residuals, slots, zero);
     NormalizeCoefficients<A> normalize[kSums];
 #pragma unroll
     for (int a = 0; a < kSums; ++a) normalize[a] = accumulators[a].normalize;
-    epilogue(whole, packs, beside, normalize, slots, summing_dresidual,
+    epilogue(packs, beside, normalize, slots, summing_dresidual,
              [&](int i, const A(&gradients)[kVector], const A(&deviations)[kVector]) {
-    // An element that is not meant has dy of zero, and adds zero.
+               A values[kVector];
 #pragma unroll
                for (int e = 0; e < kVector; ++e) {
                  Accumulator& of = accumulators[kSums == 1 ? 0 : e];
                  of.sum_dy += gradients[e];
                  of.sum_dy_xmu = multiply_add(gradients[e], deviations[e], of.sum_dy_xmu);
-                 packs[0][i].values[e] = narrow<T>(gradients[e] * of.normalize.scale);
+                 values[e] = gradients[e] * of.normalize.scale;
                }
+               narrow_all(packs[0][i], values);
              });
-    if (summing_dx != nullptr) store(whole, packs[0], summing_dx, slots, reuse);
+    if (summing_dx != nullptr) store(packs[0], summing_dx, slots, reuse);
   }
 
   __device__ __forceinline__ void keep(const Accumulator&, Item&) const {}
@@ -356,16 +359,16 @@ struct ActivatedGradientSums {
     sums.finish(channel, split, total, active);
   }
 
-  template <int kVector, class Whole>
-  __device__ __forceinline__ auto read_to_map(Whole whole, const Slot (&slots)[kMapUnroll]) const {
-    return epilogue.template read_slots<Reuse::none, kVector>(whole, slots);
+  template <int kVector>
+  __device__ __forceinline__ auto read_to_map(const Slot (&slots)[kMapUnroll]) const {
+    return epilogue.template read_slots<Reuse::none, kVector>(slots);
   }
-  template <class Whole, int kVector, int kSets>
-  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kMapUnroll],
+  template <int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Pack<T, kVector> (&packs)[kInputs][kMapUnroll],
                                                 const Beside<T, kVector, kMapUnroll>& beside,
                                                 const Coefficients (&coefficients)[kSets],
                                                 const Slot (&slots)[kMapUnroll], T* dx, Reuse dx_reuse) const {
-    map_gradients(epilogue, false, whole, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
+    map_gradients(epilogue, false, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
   }
 };
 
@@ -395,12 +398,12 @@ struct ActivatedInputGradient {
     return of_channel;
   }
 
-  template <class Whole, int kVector, int kSets>
-  __device__ __forceinline__ void map_and_store(Whole whole, Pack<T, kVector> (&packs)[kInputs][kUnroll],
+  template <int kVector, int kSets>
+  __device__ __forceinline__ void map_and_store(Pack<T, kVector> (&packs)[kInputs][kUnroll],
                                                 const Coefficients (&coefficients)[kSets], const Slot (&slots)[kUnroll],
                                                 T* dx, Reuse dx_reuse) const {
-    const auto beside = epilogue.template read_slots<Reuse::none, kVector>(whole, slots);
-    map_gradients(epilogue, finalized == nullptr, whole, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
+    const auto beside = epilogue.template read_slots<Reuse::none, kVector>(slots);
+    map_gradients(epilogue, finalized == nullptr, packs, beside, coefficients, slots, dx, dresidual, dx_reuse);
   }
 };
 

@@ -113,10 +113,12 @@ struct GradientSums {
     return {of.mean, A(0), A(0), scale};
   }
 
-  template <class Whole, int kVector, int kSums>
-  __device__ __forceinline__ void accumulate(Whole whole, Accumulator (&sums)[kSums],
-                                             Pack<T, kVector> (&packs)[kInputs][kUnroll], const Slot (&slots)[kUnroll],
-                                             bool) const {
+  template <int kVector, int kSums>
+  __device__ __forceinline__ void accumulate(Accumulator (&sums)[kSums], Pack<T, kVector> (&packs)[kInputs][kUnroll],
+                                             const Slot (&slots)[kUnroll], bool) const {
+    const auto zero = [](int) { return T{}; };  // which adds zero
+    fill_unmeant(packs[0], slots, zero);
+    fill_unmeant(packs[1], slots, zero);
 #pragma unroll
     for (int a = 0; a < kSums; ++a) {
       constexpr int kElements = kVector / kSums;
@@ -126,19 +128,26 @@ struct GradientSums {
         sum_dy[u] = sum_dy_xmu[u] = A(0);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          // An element that is not meant was loaded as zero, and adds zero.
           const int e = kSums == 1 ? i : a;
           const A gradient = widen(packs[0][u].values[e]);
           sum_dy[u] += gradient;
           sum_dy_xmu[u] = multiply_add(gradient, widen(packs[1][u].values[e]) - sums[a].mean, sum_dy_xmu[u]);
-          if constexpr (kInputGradient) packs[0][u].values[e] = narrow<T>(gradient * sums[a].dy_scale);
         }
       }
       static_assert(kUnroll == 2);
       sums[a].sum_dy += sum_dy[0] + sum_dy[1];
       sums[a].sum_dy_xmu += sum_dy_xmu[0] + sum_dy_xmu[1];
     }
-    if constexpr (kInputGradient) store(whole, packs[0], dx, slots, dx_reuse);
+    if constexpr (kInputGradient) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        A values[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) values[e] = widen(packs[0][u].values[e]) * sums[kSums == 1 ? 0 : e].dy_scale;
+        narrow_all(packs[0][u], values);
+      }
+      store(packs[0], dx, slots, dx_reuse);
+    }
   }
 
   __device__ __forceinline__ void keep(const Accumulator&, Item&) const {}

@@ -21,28 +21,29 @@ __device__ __forceinline__ void take_coefficients(Coefficients (&coefficients)[k
 }
 
 // Maps slots that were loaded, each element by its channel's coefficients, and stores what they become.
-template <class Op, class Whole, int kVector, int kInputs, int kUnroll, int kSets>
-__device__ __forceinline__ void map_and_store(const Op& op, Whole whole,
-                                              Pack<typename Op::T, kVector> (&packs)[kInputs][kUnroll],
+template <class Op, int kVector, int kInputs, int kUnroll, int kSets>
+__device__ __forceinline__ void map_and_store(const Op& op, Pack<typename Op::T, kVector> (&packs)[kInputs][kUnroll],
                                               const typename Op::Coefficients (&coefficients)[kSets],
                                               const Slot (&slots)[kUnroll], typename Op::T* output, Reuse reuse) {
   using T = typename Op::T;
   if constexpr (Op::kEpilogue) {
-    op.map_and_store(whole, packs, coefficients, slots, output, reuse);
+    op.map_and_store(packs, coefficients, slots, output, reuse);
   } else {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
+      accumulate_t<T> values[kVector];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         const auto& c = coefficients[kSets == 1 ? 0 : e];
         if constexpr (kInputs == 1) {
-          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e])));
+          values[e] = c(widen(packs[0][u].values[e]));
         } else {
-          packs[0][u].values[e] = narrow<T>(c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e])));
+          values[e] = c(widen(packs[0][u].values[e]), widen(packs[1][u].values[e]));
         }
       }
+      narrow_all(packs[0][u], values);
     }
-    store(whole, packs[0], output, slots, reuse);
+    store(packs[0], output, slots, reuse);
   }
 }
 
@@ -57,20 +58,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
 
   const int64_t split = gridDim.y - 1 - blockIdx.y;
   const Tile tile = Walk::tile(view, gridDim.x - 1 - blockIdx.x);
-  Coefficients* const of_tile = shared_memory<Coefficients>();
-#pragma unroll 1
-  for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
-    of_tile[banked<kSets, Coefficients>(j)] = op.coefficients(tile.first + j, split == 0);
-  }
-  __syncthreads();
-
   Walk walk(view, tile, split);
+  Coefficients* const of_tile = shared_memory<Coefficients>();
   Coefficients coefficients[kSets];
-  take_coefficients(coefficients, of_tile, walk);
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int) {
-    Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
-    load<Reuse::none>(whole, packs, op.inputs, slots);
-    map_and_store(op, whole, packs, coefficients, slots, op.output, op.output_reuse);
+  const auto load_inputs = [&](auto& packs, const auto& slots) { load<Reuse::none>(packs, op.inputs, slots); };
+  const auto prepare = [&] {
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x); j < tile.count; j += kThreads) {
+      of_tile[banked<kSets, Coefficients>(j)] = op.coefficients(tile.first + j, split == 0);
+    }
+    __syncthreads();
+    take_coefficients(coefficients, of_tile, walk);
+  };
+  using Packs = Pack<typename Op::T, kVector>[Op::kInputs][Op::kUnroll];
+  for_each_loaded_chunk<Op::kUnroll, Packs>(walk, load_inputs, prepare, [&](const auto& slots, auto& packs, int) {
+    map_and_store(op, packs, coefficients, slots, op.output, op.output_reuse);
   });
 }
 

@@ -74,13 +74,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<typename Op::T, Op::kE
   Walk walk(view, tile, blockIdx.y);
   typename Op::Accumulator sums[kChannelsPerThread<View, kVector>];
   auto* const items = shared_memory<typename Op::Item>();
-  begin_sums(op, walk, tile, sums, items);
-
-  for_each_chunk<Op::kUnroll, kVector, Op::kEpilogue>(walk, [&](const auto& slots, auto whole, int index) {
-    Pack<typename Op::T, kVector> packs[Op::kInputs][Op::kUnroll];
-    load<Op::kReuse>(whole, packs, op.inputs, slots);
-    op.accumulate(whole, sums, packs, slots, index == 0);
-  });
+  const auto load_inputs = [&](auto& packs, const auto& slots) { load<Op::kReuse>(packs, op.inputs, slots); };
+  using Packs = Pack<typename Op::T, kVector>[Op::kInputs][Op::kUnroll];
+  for_each_loaded_chunk<Op::kUnroll, Packs>(
+      walk, load_inputs, [&] { begin_sums(op, walk, tile, sums, items); },
+      [&](const auto& slots, auto& packs, int index) { op.accumulate(sums, packs, slots, index == 0); });
 
   fold_block<kThreads>(op, walk, tile, sums, items, [&](int j, const typename Op::Item& total, bool active) {
     op.finish(tile.first + j, blockIdx.y, total, active);

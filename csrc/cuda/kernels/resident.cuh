@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   using Group = BlockGroup<Item, Coefficients>;
   constexpr int kSums = kChannelsPerThread<View, kVector>;
   constexpr int kPackWords = kWords<T, kVector>;
-  // One slot at a time, where nothing is waited for: chunks at the end that are not whole go element by element.
+  // One slot at a time, where nothing is waited for.
   constexpr int kCopyUnroll = kAsyncCopies ? 1 : Op::kUnroll;
 
   if constexpr (kStreams && !kAsyncCopies) return;  // never launched, and would spill
@@ -75,27 +75,27 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
   const auto word_in = [&](int place, int input, int word) {
     return ((place * Op::kInputs + input) * kPackWords + word) * active + static_cast<int>(threadIdx.x);
   };
-  const auto take_kept = [&](auto& packs, auto whole, int place, int count) {
+  const auto take_kept = [&](auto& packs, const auto& slots, int place) {
     for_each_word(packs, [&](auto& pack, int u, int i, int w) {
-      set_word(pack, w, whole.value || u < count ? kept[word_in(place + u, i, w)] : uint4{0, 0, 0, 0});
+      set_word(pack, w, !slots[u].is_empty() ? kept[word_in(place + u, i, w)] : uint4{0, 0, 0, 0});
     });
   };
   const auto copy_chunk = [&](auto& walk, int index, int place, auto reuse) {
-    visit_chunk<kCopyUnroll, kVector, Op::kEpilogueInSums>(walk, index, [&](const auto& slots, auto whole, int) {
-      Pack<T, kVector> packs[Op::kInputs][kCopyUnroll];
-      if (kAsyncCopies && whole.value) {
-        for_each_word(packs, [&](const auto&, int u, int i, int w) {
-          const T* const address = op.inputs[i] + slots[u].offset;
-          copy_async<decltype(reuse)::value>(kept + word_in(place + u, i, w),
-                                             reinterpret_cast<const uint4*>(address) + w);
-        });
-      } else {
-        load<decltype(reuse)::value>(whole, packs, op.inputs, slots);
-        for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
-          if (whole.value || index + u < walk.count()) kept[word_in(place + u, i, w)] = word_of(pack, w);
-        });
-      }
-    });
+    Slot slots[kCopyUnroll];
+    next_slots(walk, index, slots);
+    Pack<T, kVector> packs[Op::kInputs][kCopyUnroll];
+    if (kAsyncCopies && has_flags(slots[0].flags, Slot::kAtOnce)) {
+      for_each_word(packs, [&](const auto&, int u, int i, int w) {
+        const T* const address = op.inputs[i] + slots[u].offset;
+        copy_async<decltype(reuse)::value>(kept + word_in(place + u, i, w),
+                                           reinterpret_cast<const uint4*>(address) + w);
+      });
+    } else {
+      load<decltype(reuse)::value>(packs, op.inputs, slots);
+      for_each_word(packs, [&](const auto& pack, int u, int i, int w) {
+        if (!slots[u].is_empty()) kept[word_in(place + u, i, w)] = word_of(pack, w);
+      });
+    }
     commit_copies();
   };
   constexpr std::integral_constant<Reuse, kStreams ? Reuse::soon : Reuse::none> to_sum{};
@@ -115,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     typename Op::Accumulator sums[kSums];
     begin_sums(op, walk, tile, sums, items);
     int turning = 0;  // the place of the next vector, where places are taken in turn
-    const auto sum = [&](const auto& slots, auto whole, int index, const auto&... beside) {
+    const auto sum = [&](const auto& slots, int index, const auto&... beside) {
       const int place = kStreams ? turning : index, left = walk.count() - index;
       const int under_way = kStreams && thread_vectors < left ? thread_vectors : left;
       wait_for_copies((under_way - Op::kUnroll) / kCopyUnroll);
       Pack<T, kVector> packs[Op::kInputs][Op::kUnroll];
-      take_kept(packs, whole, place, left);
-      op.accumulate(whole, sums, packs, beside..., slots, index == 0);
+      take_kept(packs, slots, place);
+      op.accumulate(sums, packs, beside..., slots, index == 0);
       if constexpr (kStreams) {
         // A copy begins after what its thread read before, so none comes before its place was read.
 #pragma unroll
@@ -132,10 +132,10 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       }
     };
     if constexpr (Op::kEpilogueInSums) {
-      const auto read = [&](const auto& slots, auto whole) { return op.template read_to_sum<kVector>(whole, slots); };
-      for_each_chunk_beside<Op::kUnroll, kVector, Op::kReadsAhead>(walk, read, sum);
+      const auto read = [&](const auto& slots) { return op.template read_to_sum<kVector>(slots); };
+      for_each_chunk_beside<Op::kUnroll, Op::kReadsAhead>(walk, read, sum);
     } else {
-      for_each_chunk<Op::kUnroll, kVector, false>(walk, sum);
+      for_each_chunk<Op::kUnroll>(walk, sum);
     }
 
     group.begin_writing();
@@ -161,16 +161,16 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
     MapWalk following = without_first(MapWalk(view, following_tile, group.rank()), kStreams ? thread_vectors : 0);
     const int skipped = kStreams ? thread_vectors : 0;
     turning = kStreams && again.count() > 0 ? (again.count() - 1) % thread_vectors : 0;
-    const auto map = [&](const auto& slots, auto whole, int index, const auto&... beside) {
+    const auto map = [&](const auto& slots, int index, const auto&... beside) {
       static_assert(!kAsyncCopies || Op::kMapUnroll == kCopyUnroll);
       const int place = kStreams ? turning : index;
       if constexpr (kStreams) wait_for_copies(thread_vectors - 1);
       Pack<T, kVector> packs[Op::kInputs][Op::kMapUnroll];
-      take_kept(packs, whole, place, again.count() - index);
+      take_kept(packs, slots, place);
       if constexpr (Op::kEpilogue) {
-        op.map_and_store(whole, packs, beside..., coefficients, slots, output, output_reuse);
+        op.map_and_store(packs, beside..., coefficients, slots, output, output_reuse);
       } else {
-        map_and_store(op, whole, packs, coefficients, slots, output, output_reuse);
+        map_and_store(op, packs, coefficients, slots, output, output_reuse);
       }
       if (kStreams ? index + skipped < again.count() : next_tile) {
         copy_chunk(following, index + skipped, place, to_map);
@@ -180,10 +180,10 @@ __global__ void __launch_bounds__(kThreads, Op::kEpilogue ? kBlocksAtOnce<typena
       turning = place > 0 ? place - 1 : thread_vectors - 1;
     };
     if constexpr (Op::kEpilogue) {
-      const auto read = [&](const auto& slots, auto whole) { return op.template read_to_map<kVector>(whole, slots); };
-      for_each_chunk_beside<Op::kMapUnroll, kVector, Op::kReadsAhead>(again, read, map);
+      const auto read = [&](const auto& slots) { return op.template read_to_map<kVector>(slots); };
+      for_each_chunk_beside<Op::kMapUnroll, Op::kReadsAhead>(again, read, map);
     } else {
-      for_each_chunk<Op::kMapUnroll, kVector, false>(again, map);
+      for_each_chunk<Op::kMapUnroll>(again, map);
     }
     group.end_tile();
   }

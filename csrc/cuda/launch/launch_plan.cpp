@@ -2,6 +2,7 @@
 #include "cuda/launch/launch_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "core/formulas.h"
@@ -53,10 +54,13 @@ void lay_rows(StepPlan& plan, const Shape& shape, const Alignment& alignment) {
   RowView& view = plan.row_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
+  view.vector_starts = std::max<int64_t>(0, shape.elements() - plan.vector + 1);
   view.whole_runs = alignment.misalignment == 0 && shape.inner % plan.vector == 0;
   view.run_vectors = covering_vectors(shape.inner, plan.vector, view.whole_runs);
   const int64_t step_runs = kBlockThreads / view.run_vectors, pitch = shape.channels * shape.inner;
-  view.step_vectors = kBlockThreads % view.run_vectors;
+  view.step_vectors = static_cast<int>(kBlockThreads % view.run_vectors);
+  view.run_left = static_cast<int>(std::min<int64_t>(view.run_vectors, std::numeric_limits<int>::max()));
+  view.last_elements = static_cast<int>(shape.inner - view.run_vectors * plan.vector);
   view.step_offset = step_runs * pitch + view.step_vectors * plan.vector;
   view.wrap_offset = pitch - view.run_vectors * plan.vector;
   view.outer_slots = shape.channels * view.run_vectors;
@@ -97,6 +101,7 @@ void lay_columns(StepPlan& plan, const Shape& shape, DType dtype, const Alignmen
   ColumnView& view = plan.column_view;
   view.shape = shape;
   view.misalignment = alignment.misalignment;
+  view.vector_starts = std::max<int64_t>(0, shape.elements() - plan.vector + 1);
   view.outer_per_row = outer_per_row(shape, plan.vector);
   view.tile_channels = view.outer_per_row > 1 ? shape.channels : tile_channels(shape, dtype, plan.vector, row_bytes);
   const int64_t rows = divide_up(shape.outer, view.outer_per_row);
@@ -369,7 +374,7 @@ StepPlan plan_step(const Shape& shape, DType dtype, const Alignment& alignment, 
   if (shape.elements() == 0) return {};
   StepPlan plan = lay(shape, dtype, alignment, kTileRowBytes, epilogue);
   const int64_t thread_vectors = divide_up(unsplit_thread_vectors(plan), wanted_parts(plan, blocks_that_fill(limits)));
-  // Whole chunks, but in the last split: what is left of one goes element by element.
+  // Whole chunks, but in the last split.
   split(plan, thread_vectors < kThreadVectors ? thread_vectors : round_up(thread_vectors, kChunkVectors));
   return plan;
 }

@@ -16,6 +16,11 @@ struct Tile {
   int count;
 };
 
+// Whether a vector that starts at the offset lies in the tensor.
+__device__ __forceinline__ bool starts_vector(int64_t offset, int64_t vector_starts) {
+  return static_cast<uint64_t>(offset) < static_cast<uint64_t>(vector_starts);
+}
+
 // A thread's way through a block's share of a tensor, from its start or backwards from its end. count() slots are
 // visited by as many calls of next(); no memory is so large that a thread of a block would have 2^31 of its vectors.
 // Only with an epilogue have slots numbers: those cost registers.
@@ -50,9 +55,10 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
     count_ = first < end ? static_cast<int>((end - first + kThreads - 1) / kThreads) : 0;
     const int64_t start = first + int64_t(kBackwards ? count_ - 1 : 0) * kThreads;
     const int64_t run = start / view.run_vectors;
-    vector_ = start - run * view.run_vectors;
-    offset_ = (run * view.shape.channels + tile.first) * view.shape.inner + vector_ * kVector;
-    number_ = run * view.outer_slots + tile.first * view.run_vectors + vector_;
+    const int64_t vector = start - run * view.run_vectors, left = view.run_vectors - vector;
+    left_ = left < view.run_left ? static_cast<int>(left) : view.run_left - (vector == 0 ? 0 : 1);
+    offset_ = (run * view.shape.channels + tile.first) * view.shape.inner + vector * kVector;
+    number_ = run * view.outer_slots + tile.first * view.run_vectors + vector;
   }
 
   __device__ int count() const { return count_; }
@@ -60,40 +66,39 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ static int active_threads(const RowView&) { return kThreads; }
 
   __device__ __forceinline__ Slot next() {
-    Slot slot{offset_, 0, kVector, kEpilogue ? number_ : 0};
+    Slot slot{offset_, Slot::elements(0, kVector) | Slot::kAtOnce, kEpilogue ? number_ : 0};
     if (!view_.whole_runs) {
       // As far as the run itself starts past a boundary, its vectors start before the places that are counted.
       const int head = static_cast<int>(offset_ + view_.misalignment) & (kVector - 1);
-      const int64_t left = view_.shape.inner - vector_ * kVector + head;
+      // Of the run, if it ends within the vector: it may do so in the last two.
+      const int end = (left_ < 3 ? left_ : 3) * kVector + view_.last_elements + head;
       slot.offset -= head;
-      slot.low = vector_ == 0 ? head : 0;
-      slot.high = left < kVector ? static_cast<int>(left) : kVector;
-      samples_ += slot.high > slot.low ? slot.high - slot.low : 0;
+      slot.flags = Slot::elements(left_ == view_.run_left ? head : 0, end < kVector ? end : kVector);
+      samples_ += __popc(slot.flags);
+      if (slot.flags != 0 && starts_vector(slot.offset, view_.vector_starts)) slot.flags |= Slot::kAtOnce;
     }
+    if (kEpilogue && !view_.boundaries) slot.flags &= ~Slot::kAtOnce;
     if constexpr (kBackwards) {
-      vector_ -= view_.step_vectors;
+      left_ += view_.step_vectors;
       offset_ -= view_.step_offset;
       if (kEpilogue) number_ -= view_.step_slots;
-      if (vector_ < 0) {
-        vector_ += view_.run_vectors;
+      if (left_ > view_.run_left) {
+        left_ -= view_.run_left;
         offset_ -= view_.wrap_offset;
         if (kEpilogue) number_ -= view_.wrap_slots;
       }
       return slot;
     }
-    vector_ += view_.step_vectors;
+    left_ -= view_.step_vectors;
     offset_ += view_.step_offset;
     if (kEpilogue) number_ += view_.step_slots;
-    if (vector_ >= view_.run_vectors) {
-      vector_ -= view_.run_vectors;
+    if (left_ <= 0) {
+      left_ += view_.run_left;
       offset_ += view_.wrap_offset;
       if (kEpilogue) number_ += view_.wrap_slots;
     }
     return slot;
   }
-
-  // Of an epilogue: whether a slot starts at a vector boundary in every tensor.
-  __device__ bool at_boundary(const Slot& slot) const { return view_.boundaries && slot.offset % kVector == 0; }
 
   // Channel, within the tile, of an element of this thread's vectors.
   __device__ void channels(int (&channel)[1]) const { channel[0] = 0; }
@@ -108,9 +113,10 @@ class TileWalk<RowView, kVector, kThreads, kEpilogue, kBackwards> {
  private:
   const RowView& view_;
   int count_;
-  int64_t vector_, offset_;  // of the run; of the tensor, if runs started at boundaries
+  int left_;        // vectors of the run from here on; of a long one, less than there are
+  int64_t offset_;  // if runs started at boundaries
   int64_t number_;
-  int64_t samples_ = 0;
+  int samples_ = 0;
 };
 
 template <int kVector, int kThreads, bool kEpilogue, bool kBackwards>
@@ -148,7 +154,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
     column_ = vector * kVector - head_;
     const int width = row_channels_ * channel_items_;
     low_ = column_ < 0 ? -column_ : 0;
-    high_ = width - column_ < kVector ? width - column_ : kVector;
+    flags_ = Slot::elements(low_, width - column_ < kVector ? width - column_ : kVector);
     offset_ = phase_start + start * view.phases * pitch + column_;
     slot_ = start * view.row_slots + tile.first * inner_ / kVector + vector;
   }
@@ -157,14 +163,18 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
   __device__ static int active_threads(const ColumnView& view) { return view.lanes * view.tile_vectors; }
 
   __device__ __forceinline__ Slot next() {
-    const int64_t left = elements_ - offset_;  // the last row may end early
-    const Slot slot{offset_, low_, left < high_ ? static_cast<int>(left) : high_, kEpilogue ? slot_ : 0};
+    Slot slot{offset_, flags_, kEpilogue ? slot_ : 0};
+    if (starts_vector(offset_, view_.vector_starts)) {
+      const bool at_boundary = !kEpilogue || (view_.boundaries && offset_ % kVector == 0);
+      if (flags_ != 0 && at_boundary) slot.flags |= Slot::kAtOnce;
+    } else {  // the first row may begin, and the last one end, within the vector
+      const int64_t left = elements_ - offset_;
+      if (left < kVector) slot.flags &= Slot::elements(0, static_cast<int>(left));
+    }
     offset_ += kBackwards ? -view_.step_offset : view_.step_offset;
     if (kEpilogue) slot_ += kBackwards ? -view_.step_slots : view_.step_slots;
     return slot;
   }
-
-  __device__ bool at_boundary(const Slot& slot) const { return view_.boundaries && slot.offset % kVector == 0; }
 
   __device__ void channels(int (&channel)[kVector]) const {
     const int first = column_ < 0 ? 0 : column_;
@@ -183,7 +193,7 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
   }
 
   __device__ int64_t samples(int element) const {
-    if (element < low_ || element >= high_ || count_ == 0) return 0;
+    if ((flags_ >> element & 1u) == 0 || count_ == 0) return 0;
     return count_ - (offset_ - view_.step_offset + element >= elements_ ? 1 : 0);
   }
 
@@ -198,7 +208,8 @@ class TileWalk<ColumnView, kVector, kThreads, kEpilogue, kBackwards> {
 
  private:
   int inner_, row_channels_, channel_items_, tile_elements_, lanes_, fold_width_;
-  int head_, column_, low_, high_, count_;
+  int head_, column_, low_, count_;
+  unsigned flags_;
   int64_t elements_, offset_, slot_;
   const ColumnView& view_;
 };
@@ -213,35 +224,17 @@ constexpr int kChannelsPerThread = View::kOneChannel ? 1 : kVector;
 template <class T, bool kEpilogue>
 constexpr int kBlocksAtOnce = kEpilogue ? (sizeof(T) == 8 ? 1 : 2) : (sizeof(T) == 2 ? 2 : 3);
 
-// The next slots, and whether every element of each is meant, and each starts at a boundary.
-template <int kVector, bool kEpilogue, class Walk, int kUnroll>
-__device__ __forceinline__ bool next_slots(Walk& walk, int index, Slot (&slots)[kUnroll]) {
+// Missing slots at the end are empty.
+template <class Walk, int kUnroll>
+__device__ __forceinline__ void next_slots(Walk& walk, int index, Slot (&slots)[kUnroll]) {
   const int count = walk.count();
-  bool whole = count - index >= kUnroll;
+  if (count - index >= kUnroll) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0, 0};
-    whole = whole && slots[u].low == 0 && slots[u].high == kVector;
-    if constexpr (kEpilogue) whole = whole && walk.at_boundary(slots[u]);
+    for (int u = 0; u < kUnroll; ++u) slots[u] = walk.next();
+    return;
   }
-  return whole;
-}
-
-// Calls visit(slots, whole, index) with the next kUnroll slots, so that their loads are in flight together; `whole`:
-// whether every element of each is meant and each starts at a boundary; `index` counts the slots before these. Missing
-// slots at the end are empty. `whole` is a constant, for which there are two copies of the visit, but a variable with
-// an epilogue, whose code is long.
-template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
-__device__ __forceinline__ void visit_chunk(Walk& walk, int index, Visit&& visit) {
-  Slot slots[kUnroll];
-  const bool whole = next_slots<kVector, kEpilogue>(walk, index, slots);
-  if constexpr (kEpilogue) {
-    visit(slots, Variable{whole}, index);
-  } else if (whole) {
-    visit(slots, Constant<true>{}, index);
-  } else {
-    visit(slots, Constant<false>{}, index);
-  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) slots[u] = index + u < count ? walk.next() : Slot{0, 0, 0};
 }
 
 // The same way, but for its first slots.
@@ -252,34 +245,54 @@ __device__ __forceinline__ Walk without_first(Walk walk, int slots) {
   return walk;
 }
 
-template <int kUnroll, int kVector, bool kEpilogue, class Walk, class Visit>
+// Calls visit(slots, index) with each kUnroll slots, so that their loads are in flight together; `index` counts the
+// slots before these.
+template <int kUnroll, class Walk, class Visit>
 __device__ __forceinline__ void for_each_chunk(Walk& walk, Visit&& visit) {
   for (int index = 0; index < walk.count(); index += kUnroll) {
-    visit_chunk<kUnroll, kVector, kEpilogue>(walk, index, visit);
+    Slot slots[kUnroll];
+    next_slots(walk, index, slots);
+    visit(slots, index);
   }
 }
 
-// As for_each_chunk with an epilogue, for what reads besides what is kept: visit(slots, whole, index, beside), where
-// `beside` is read(slots, whole), with kAhead under way while the chunk before is visited.
-template <int kUnroll, int kVector, bool kAhead, class Walk, class Read, class Visit>
+// As for_each_chunk, for what reads nothing else of a slot: visit(slots, packs, index), where `packs` were filled by
+// load(packs, slots). The first are under way while prepare() does what must be done before any is visited.
+template <int kUnroll, class Packs, class Walk, class Load, class Prepare, class Visit>
+__device__ __forceinline__ void for_each_loaded_chunk(Walk& walk, Load&& load, Prepare&& prepare, Visit&& visit) {
+  Slot slots[kUnroll];
+  Packs packs;
+  next_slots(walk, 0, slots);
+  load(packs, slots);
+  prepare();
+  for (int index = 0; index < walk.count();) {
+    visit(slots, packs, index);
+    index += kUnroll;
+    if (index >= walk.count()) break;
+    next_slots(walk, index, slots);
+    load(packs, slots);
+  }
+}
+
+// As for_each_chunk, for what reads besides what is kept: visit(slots, index, beside), where `beside` is read(slots),
+// with kAhead under way while the chunk before is visited.
+template <int kUnroll, bool kAhead, class Walk, class Read, class Visit>
 __device__ __forceinline__ void for_each_chunk_beside(Walk& walk, Read&& read, Visit&& visit) {
   if constexpr (!kAhead) {
-    return for_each_chunk<kUnroll, kVector, true>(
-        walk, [&](const auto& slots, auto whole, int index) { visit(slots, whole, index, read(slots, whole)); });
+    return for_each_chunk<kUnroll>(walk, [&](const auto& slots, int index) { visit(slots, index, read(slots)); });
   }
   Slot next[kUnroll];
-  bool next_whole = next_slots<kVector, true>(walk, 0, next);
-  auto next_beside = read(next, Variable{next_whole});
+  next_slots(walk, 0, next);
+  auto next_beside = read(next);
 #pragma unroll 1
   for (int index = 0; index < walk.count(); index += kUnroll) {
     Slot slots[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) slots[u] = next[u];
-    const bool whole = next_whole;
     const auto beside = next_beside;
-    next_whole = next_slots<kVector, true>(walk, index + kUnroll, next);
-    next_beside = read(next, Variable{next_whole});
-    visit(slots, Variable{whole}, index, beside);
+    next_slots(walk, index + kUnroll, next);
+    next_beside = read(next);
+    visit(slots, index, beside);
   }
 }
 

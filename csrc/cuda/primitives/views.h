@@ -10,7 +10,8 @@ namespace batchnorm_ext::cuda {
 
 // A vector is the 16 bytes, or the single element, that a thread loads at once. Every tensor of a call lies at the same
 // distance from a vector boundary: `misalignment` elements past one. Vectors are counted from the boundary, so the
-// first and the last one of a run may reach over its ends and are then read element by element.
+// first and the last one of a run may reach over its ends: neighbours of the run are then read with it, but only where
+// the vector reaches over the ends of the tensor, it is read element by element.
 
 // With an epilogue a slot is eight elements, a byte of its mask, whatever the type and wherever the tensors lie. Slots
 // are counted from the front of the tensor, or from the front of each row where rows are no multiple of eight.
@@ -34,12 +35,16 @@ struct RowView {
 
   Shape shape;
   int64_t misalignment;
-  int64_t run_vectors;  // that cover any run, wherever it starts
+  int64_t vector_starts;  // offsets, from the front, at which there is still a vector of elements
+  int64_t run_vectors;    // that cover any run, wherever it starts
   int64_t split_vectors;
   int64_t splits;
-  bool whole_runs;  // they start and end at vector boundaries
+  bool whole_runs;    // they start and end at vector boundaries
+  int last_elements;  // of a run that starts at a boundary, in the last of its vectors, less those of a vector
   // To a thread's next vector: by how many of its run and how many elements; once it has left the run, how many more.
-  int64_t step_vectors, step_offset, wrap_offset;
+  int step_vectors;
+  int run_left;  // run_vectors, or a number that no thread leaves a run by: a split has fewer vectors of a tile
+  int64_t step_offset, wrap_offset;
   // Of an epilogue. Each run has slots of its own, also where runs share a vector.
   int64_t outer_slots, step_slots, wrap_slots;  // of one outer index; the same ways, in slots
   bool boundaries;                              // every tensor starts at a vector boundary
@@ -54,6 +59,7 @@ struct ColumnView {
 
   Shape shape;
   int64_t misalignment;
+  int64_t vector_starts;  // as in RowView
   int64_t outer_per_row;
   int64_t tile_channels;   // all of them when outer_per_row > 1
   int64_t all_phase_rows;  // rows that each phase has
