@@ -43,6 +43,41 @@ def test_mean_far_larger_than_the_deviation(shape, ratio, layout, device):
     assert largest_error(y, expected) <= largest_error(theirs, expected)
 
 
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@TWO_LAYOUTS
+@SIXTEEN_BITS
+@pytest.mark.parametrize("ratio", [1.0, 7.9, 8.1, 30.0])
+@pytest.mark.parametrize("shape", [(16, 21, 12, 12), (700, 5), (9, 64, 7, 7)], ids=str)
+def test_means_folded_into_shifts_or_not(shape, ratio, dtype, layout, device):
+    """With 16 bits, means up to eight deviations are folded; either way the tolerance is that of a mean of zero."""
+    for training in (True, False):
+        args = arguments(shape, dtype, device=device, layout=layout, mean=ratio, std=1.0)
+        with torch.no_grad():
+            args.running_mean.fill_(ratio)
+            args.running_var.fill_(1.0)
+        check_call(args, training=training)
+
+
+@TWO_LAYOUTS
+@pytest.mark.parametrize("value", [300.0, math.nan])
+@pytest.mark.parametrize("shape", [(16, 21, 12, 12), (700, 5), (9, 64, 7, 7)], ids=str)
+def test_a_channel_that_is_not_folded_leaves_the_others_their_bits(shape, value, layout, device):
+    args = arguments(shape, torch.float16, device=device, layout=layout)
+    others = torch.tensor([c for c in range(shape[1]) if c != 2], device=device)
+
+    def outcome(value):
+        with torch.no_grad():
+            args.x[:, 2] = args.x[:, 3] if value is None else value
+        y = batch_norm(args.x, None, None, args.weight, args.bias, training=True)
+        results = (y, *torch.autograd.grad(y, (args.x, args.weight, args.bias), args.dy))
+        return [result.index_select(min(1, result.dim() - 1), others) for result in results]
+
+    for folded, mixed in zip(outcome(None), outcome(value), strict=True):
+        assert_bitwise(mixed, folded)
+
+
 @pytest.mark.parametrize("outlier", [1e3, 1e5])
 def test_first_element_is_an_outlier(outlier, device):
     """A pivot taken from the data may be the worst of it."""

@@ -28,7 +28,7 @@ BN_HOST_DEVICE double variance_of(const Moments<double>& moments) {
 }
 
 // y = (x - mean) * scale + shift for one channel. `mean` is rounded to A; what rounding dropped is in `shift`, so a
-// mean far larger than the deviation costs no accuracy. Never folded to x * a + b, which cancels.
+// mean far larger than the deviation costs no accuracy. Not folded to x * a + b, which cancels, but where it may be.
 template <class A>
 struct NormalizeCoefficients {
   A mean, scale, shift;
@@ -54,6 +54,16 @@ BN_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, doub
   // An infinite mean has no residue to carry over (inf - inf is NaN, but the output must be torch's).
   return {rounded, normalize_scale(static_cast<A>(inv_std), weight),
           static_cast<A>(residue == residue ? bias - residue * scale : bias)};
+}
+
+// Results of 16 bits are rounded far more coarsely than sums in float. Where the mean is no larger than this many
+// deviations, what is folded into a shift of float is rounded at most so many times as coarsely as a deviation is.
+constexpr double kFoldedDeviations = 8.0;
+
+// Whether the mean may be folded into the shift, for elements of 16 bits. Not of a constant channel, which must give
+// the bias exactly; NaN answers no.
+BN_HOST_DEVICE bool may_be_folded(double mean, double variance) {
+  return mean * mean <= kFoldedDeviations * kFoldedDeviations * variance;
 }
 
 // dx = dy_scale * ((dy - mean_dy) - x_scale * (x - mean)) for one channel: the gradient of the normalised output

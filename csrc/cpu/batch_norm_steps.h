@@ -121,6 +121,17 @@ BN_CPU_NOINLINE void update_running_statistics(const RunningStatistics& running,
   write(running.variance, channels, variance);
 }
 
+// Whether the means of these elements' channels are folded into shifts where they may be.
+template <class E>
+constexpr bool folds = sizeof(E) == 2;
+
+template <class A>
+inline bool all_zero(const A* values, Range channels) {
+  int64_t others = 0;
+  for (int64_t c = channels.begin; c < channels.end; ++c) others += values[c] == A(0) ? 0 : 1;
+  return others == 0;
+}
+
 // ---- Order of the steps ----
 
 template <class Task>
@@ -518,14 +529,22 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
         k_of[1][copy][begin + i] = k.scale;
         k_of[2][copy][begin + i] = k.shift;
       }
+      // Where the shift is saved, backward computes from it.
+      if (folds<E> && params.epilogue.empty() && params.shift == nullptr) {
+        for (int64_t i = 0; i < size; ++i) {
+          const bool fold = may_be_folded(mean[i], variance[i]);
+          const double shift = bias[i] - mean[i] * static_cast<double>(k_of[1][copy][begin + i]);
+          k_of[0][copy][begin + i] = fold ? A(0) : k_of[0][copy][begin + i];
+          k_of[2][copy][begin + i] = fold ? static_cast<A>(shift) : k_of[2][copy][begin + i];
+        }
+      }
       if (A* const shift = static_cast<A*>(params.shift); shift != nullptr && copy == 0) {
         for (int64_t i = 0; i < size; ++i) shift[begin + i] = k_of[2][0][begin + i];
       }
     });
   };
   const auto normalize = [&](Range channels, Range samples, int64_t copy) {
-    Coefficients<A> coefficients{};
-    for (int n = 0; n < Normalize::coefficients; ++n) coefficients.of[n] = k_of[n][copy];
+    Coefficients<A> coefficients{{k_of[0][copy], k_of[1][copy], k_of[2][copy]}};
     const auto map = [&](const auto& operation) {
       using Operation = std::decay_t<decltype(operation)>;
       Inputs<E, Operation::inputs> in{{x}};
@@ -541,6 +560,12 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
       }
     };
     if (params.epilogue.empty()) {
+      if constexpr (folds<E>) {
+        if (all_zero(k_of[0][copy], channels)) {
+          coefficients = {{k_of[1][copy], k_of[2][copy]}};
+          return map(FoldedNormalize{});
+        }
+      }
       map(Normalize{});
     } else if (params.epilogue.activation == Activation::relu) {
       map_activation(Relu{});
@@ -579,9 +604,12 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
   const int64_t sets = blocking.split_samples ? blocking.tasks : 1;
   const Steps steps{wants_sums, writes && !fused};
   const int64_t copies = coefficient_copies(shape, blocking, steps);
-  Workspace workspace(3 * copies + 1 + 2 * sets, shape.channels);
+  const bool fold_any = folds<E> && training && source != GradientSource::any;
+  Workspace workspace((fold_any ? 5 : 3) * copies + 1 + 2 * sets, shape.channels);
   const auto dy_scale = workspace.take<A>(copies), mean_dy = workspace.take<A>(copies);
   const auto x_scale = workspace.take<A>(copies);
+  // Of what folds, which has -x_scale.
+  const auto dx_center = workspace.take<A>(fold_any ? copies : 0), dx_shift = workspace.take<A>(fold_any ? copies : 0);
   A* const scale = workspace.take<A>(1)[0];
   const auto sum_dys = workspace.take<double>(sets), sum_dy_xs = workspace.take<double>(sets);
 
@@ -616,6 +644,15 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     with_gradient(source, params, [&](const auto& gradient) {
       using Gradient = std::decay_t<decltype(gradient)>;
       if (training) {
+        if constexpr (folds<E> && !Gradient::heavy) {
+          if (all_zero(dx_center[copy], channels)) {
+            return map(FoldedInputGradient<Gradient>{gradient},
+                       Coefficients<A>{{dy_scale[copy], x_scale[copy], dx_shift[copy], center, scale, shift}});
+          }
+          return map(ShiftedInputGradient<Gradient>{gradient},
+                     Coefficients<A>{{dy_scale[copy], mean_dy[copy], x_scale[copy], dx_center[copy], dx_shift[copy],
+                                      center, scale, shift}});
+        }
         map(InputGradient<Gradient>{gradient},
             Coefficients<A>{{dy_scale[copy], mean_dy[copy], x_scale[copy], center, scale, shift}});
       } else {
@@ -635,6 +672,17 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
       dy_scale[copy][c] = k.dy_scale;
       mean_dy[copy][c] = k.mean_dy;
       x_scale[copy][c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
+    }
+    if (!fold_any) return;
+    for (int64_t i = 0; i < channels.size(); ++i) {
+      const int64_t c = channels.begin + i;
+      const double deviations = static_cast<double>(mean[c]) * static_cast<double>(inv_std[c]);
+      const bool fold = may_be_folded(deviations, 1.0);
+      const double means = static_cast<double>(mean[c]) * static_cast<double>(x_scale[copy][c]) - sum_dy[i] / count;
+      dx_center[copy][c] = fold ? A(0) : mean[c];
+      mean_dy[copy][c] = fold ? A(0) : mean_dy[copy][c];
+      dx_shift[copy][c] = fold ? static_cast<A>(means * static_cast<double>(dy_scale[copy][c])) : A(0);
+      x_scale[copy][c] = -x_scale[copy][c];
     }
   };
   const auto set_without_sums = [&](Range all) __attribute__((noinline)) {

@@ -89,6 +89,16 @@ struct Normalize : Operation {
   }
 };
 
+// The same where every channel's mean is folded into the shift. k is scale and shift.
+struct FoldedNormalize : Operation {
+  static constexpr int inputs = 1, coefficients = 2;
+
+  template <class V>
+  BN_HOST_DEVICE void apply(const V* k, const V* in, Flags<typename V::Element>&, V* out) const {
+    out[0] = multiply_add(in[0], k[0], k[1]);
+  }
+};
+
 // of x, and of the residual if there is one; the mask is written if there is one.
 template <class Act, bool has_residual>
 struct NormalizeActivate : Operation {
@@ -204,6 +214,36 @@ struct InputGradient : Gradient {
     V g, value;
     Gradient::gradient(k + 3, in, is_blocked, g, value);
     out[0] = InputGradientCoefficients<V>{k[3], k[0], k[1], k[2]}(g, value);
+    if constexpr (Gradient::outputs == 2) out[1] = g;
+  }
+};
+
+// The same for channels some of which have the means folded into a shift, dx = (dy - x * x_scale) * dy_scale + shift:
+// what is subtracted is zero there. k is dy_scale, mean_dy, -x_scale, mean, shift and the gradient's.
+template <class Gradient>
+struct ShiftedInputGradient : Gradient {
+  static constexpr int coefficients = 5 + Gradient::coefficients;
+
+  template <class V>
+  BN_HOST_DEVICE void apply(const V* k, const V* in, Flags<typename V::Element> is_blocked, V* out) const {
+    V g, value;
+    Gradient::gradient(k + 5, in, is_blocked, g, value);
+    out[0] = multiply_add(multiply_add(value - k[3], k[2], g - k[1]), k[0], k[4]);
+    if constexpr (Gradient::outputs == 2) out[1] = g;
+  }
+};
+
+// And where all have, to the same bit. k is dy_scale, -x_scale, shift and what the gradient needs to compute u.
+template <class Gradient>
+struct FoldedInputGradient : Gradient {
+  static constexpr bool computes_u = Gradient::coefficients > 1;
+  static constexpr int coefficients = 3 + (computes_u ? Gradient::coefficients : 0);
+
+  template <class V>
+  BN_HOST_DEVICE void apply(const V* k, const V* in, Flags<typename V::Element> is_blocked, V* out) const {
+    V g, value;
+    Gradient::gradient(computes_u ? k + 3 : k, in, is_blocked, g, value);
+    out[0] = multiply_add(multiply_add(value, k[1], g), k[0], k[2]);
     if constexpr (Gradient::outputs == 2) out[1] = g;
   }
 };

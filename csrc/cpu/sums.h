@@ -55,7 +55,7 @@ struct Inputs {
 };
 
 // of[k][channel]
-constexpr int max_coefficients = 6;
+constexpr int max_coefficients = 8;
 template <class A>
 struct Coefficients {
   const A* of[max_coefficients];
