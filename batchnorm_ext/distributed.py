@@ -89,24 +89,10 @@ class SyncBatchNorm(BatchNormNd):
         process_group: dist.ProcessGroup | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        skip_nonfinite: bool = False,
-        running_var_correction: int = 1,
-        on_single_value: str = "error",
-        **bias: bool,
+        **options: Any,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            skip_nonfinite=skip_nonfinite,
-            running_var_correction=running_var_correction,
-            on_single_value=on_single_value,
-            **bias,
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
         )
         self.process_group = process_group
 

@@ -25,16 +25,12 @@ class Tolerance:
     reason: str
     # float64 has no wider type to carry the mean and merge partial sums in.
     in_float64: float | None = None
-    # A mean of up to eight deviations may be folded into a shift, whose rounding is as large as that then.
-    in_sixteen_bits: float | None = None
 
-    def of(self, stored: torch.dtype, accumulate: torch.dtype) -> float:
-        """The roundings allowed for results in ``stored``, where sums are kept in ``accumulate``."""
-        if accumulate == torch.float64 and self.in_float64:
-            return self.in_float64
-        if stored.itemsize == 2 and self.in_sixteen_bits:
-            return self.in_sixteen_bits
-        return self.roundings
+    def of(self, accumulate: torch.dtype) -> float:
+        """The roundings allowed where sums are kept in ``accumulate``."""
+        return (
+            self.in_float64 if accumulate == torch.float64 and self.in_float64 else self.roundings
+        )
 
 
 TOLERANCES = {
@@ -43,7 +39,6 @@ TOLERANCES = {
         "x - mean, scale and the final multiply-add round once each, and half of the variance's error comes in. "
         "A large mean is no excuse: the mean is carried beyond the accumulate type.",
         in_float64=24,
-        in_sixteen_bits=16,
     ),
     "dx": Tolerance(
         8,
@@ -51,7 +46,6 @@ TOLERANCES = {
         "to the accumulate type, enters up to three times. The sums' own errors, that of inv_std twice, are as large "
         "again: the oracle counts terms made of sums double. They show where dy resembles xhat, so that dx cancels.",
         in_float64=24,
-        in_sixteen_bits=16,
     ),
     "dweight": Tolerance(
         8,
@@ -79,7 +73,7 @@ def allowed(
     """The largest error allowed for each element of a quantity of TOLERANCES."""
     storage, sums = torch.finfo(stored), torch.finfo(ACCUMULATE[accumulate])
     rounding = np.longdouble(sums.eps) / 2
-    error = TOLERANCES[quantity].of(stored, ACCUMULATE[accumulate]) * rounding * expected.scale
+    error = TOLERANCES[quantity].of(ACCUMULATE[accumulate]) * rounding * expected.scale
     if storage.eps > sums.eps:  # rounded once more, to be stored
         error = error + np.longdouble(storage.eps) / 2 * (np.abs(expected.value) + error)
     return error + np.longdouble(storage.smallest_normal) * storage.eps

@@ -58,7 +58,7 @@ BN_HOST_DEVICE NormalizeCoefficients<A> normalize_coefficients(double mean, doub
 
 // Results of 16 bits are rounded far more coarsely than sums in float. Where the mean is no larger than this many
 // deviations, what is folded into a shift of float is rounded at most so many times as coarsely as a deviation is.
-constexpr double kFoldedDeviations = 8.0;
+constexpr double kFoldedDeviations = 6.0;
 
 // Whether the mean may be folded into the shift, for elements of 16 bits. Not of a constant channel, which must give
 // the bias exactly; NaN answers no.
