@@ -677,9 +677,9 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
     for (int64_t i = 0; i < channels.size(); ++i) {
       const int64_t c = channels.begin + i;
       const double deviations = static_cast<double>(mean[c]) * static_cast<double>(inv_std[c]);
-      const bool fold = may_be_folded(deviations, 1.0);
+      const bool fold = !params.x_is_output && may_be_folded(deviations, 1.0);
       const double means = static_cast<double>(mean[c]) * static_cast<double>(x_scale[copy][c]) - sum_dy[i] / count;
-      dx_center[copy][c] = fold ? A(0) : mean[c];
+      dx_center[copy][c] = fold ? A(0) : center[c];
       mean_dy[copy][c] = fold ? A(0) : mean_dy[copy][c];
       dx_shift[copy][c] = fold ? static_cast<A>(means * static_cast<double>(dy_scale[copy][c])) : A(0);
       x_scale[copy][c] = -x_scale[copy][c];
