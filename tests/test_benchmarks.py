@@ -1101,6 +1101,31 @@ gpu.run_stages(stages, 600, {{}}, pathlib.Path({str(tmp_path / "log.txt")!r}), l
     assert time.monotonic() - start < 30
 
 
+def test_no_stage_starts_before_the_end_of_the_run_would_reach_it(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    program = f"""
+import os, pathlib, sys, time
+from benchmarks import gpu
+
+def watchdog(leader):
+    time.sleep(1)  # in which the stage would begin
+    os._exit(7)
+
+gpu._watchdog = watchdog
+stages = [gpu.Stage("a", [sys.executable, "-c", "open({str(begun)!r}, 'w')"], 1.0)]
+gpu.run_stages(stages, 600, {{}}, pathlib.Path({str(tmp_path / "log.txt")!r}), lambda: None)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 7
+    assert not begun.exists()
+
+
+def test_stage_whose_command_is_not_there_fails(tmp_path: Path) -> None:
+    missing = gpu.Stage("missing", [str(tmp_path / "no such command")], 1.0)
+    gpu.run_stages([missing], 60, {}, tmp_path / "log.txt", lambda: None)
+    assert (missing.state, missing.exit_code) == ("failed", 127)
+    assert "no such command" in missing.tail
+
+
 def test_gpu_stages_name_the_architecture_and_every_sanitizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
