@@ -20,7 +20,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 
 # What the kernels have a part in. Tests that compile, fork servers or watch the build have not.
 EMULATED_TESTS := $(patsubst %,tests/test_%.py,activation batch_norm data_parallel derivatives distributed errors \
-  fusion mask memory mixed_precision modules numerics properties renorm running_statistics torch_samples torch_utilities)
+  fusion ghost mask memory mixed_precision modules numerics properties renorm running_statistics torch_samples torch_utilities)
 
 .PHONY: help test demo bench lint format cpu-check portable emulate emulate-python cuda latest cuda-check gpu clean
 help:

@@ -40,6 +40,7 @@ def fast_path(
     eps: float,
     skip_nonfinite: bool,
     correction: int,
+    parts: int = 1,
 ) -> Tensor | None: ...
 def forward_act(
     input: Tensor,

@@ -17,6 +17,7 @@ from .convert import (
     unfreeze_batchnorm,
 )
 from .distributed import SyncBatchNorm, SyncBatchNormAct, revert_sync_batchnorm
+from .ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -38,6 +39,9 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "__version__",

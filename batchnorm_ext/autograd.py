@@ -235,13 +235,54 @@ def differentiable_backward(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients made of torch's own operations, which can be differentiated, batched and watched."""
+    """Return the gradients made of torch's own operations, which can be differentiated, batched and watched.
+
+    `mean` and `inv_std` may have the values of several parts of the batch, as `torch.Tensor.tensor_split` cuts it, each
+    normalised with its own.
+    """
+    if input is not None and mean.numel() > grad_output.size(1):
+        return _differentiable_backward_of_parts(
+            *(grad_output, input, weight, mean, inv_std, training, eps, need_dx),
+            *(dweight_dtype, dbias_dtype),
+        )
     if training and input is not None and torch.is_grad_enabled():
         # For the second derivatives the batch statistics are a function of the input again.
         mean, inv_std = _differentiable_statistics(input, eps)
     return _reference.backward(
         grad_output, input, weight, mean, inv_std, training, need_dx, dweight_dtype, dbias_dtype
     )
+
+
+def _differentiable_backward_of_parts(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    training: bool,
+    eps: float,
+    need_dx: bool,
+    *vector_dtypes: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    parts = mean.numel() // grad_output.size(1)
+    wide = (None if dtype is None else torch.float64 for dtype in vector_dtypes)
+    wanted = training, eps, need_dx, *wide
+    dxs, *vectors = zip(
+        *(
+            differentiable_backward(dy, x, weight, *statistics, *wanted)
+            for dy, x, *statistics in zip(
+                *(grad_output.tensor_split(parts), input.tensor_split(parts)),
+                *(mean.view(parts, -1), inv_std.view(parts, -1)),
+                strict=True,
+            )
+        ),
+        strict=True,
+    )
+    dweight, dbias = (
+        None if dtype is None else torch.stack(rows).sum(0).to(dtype)
+        for rows, dtype in zip(vectors, vector_dtypes, strict=True)
+    )
+    return torch.cat(dxs) if need_dx else None, dweight, dbias
 
 
 def differentiable_backward_act(

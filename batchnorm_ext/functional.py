@@ -341,6 +341,15 @@ def _torch_epilogue(
     return _reference.activate(output, activation, negative_slope)
 
 
+def check_counted(mask: Tensor, input: Tensor) -> None:
+    """Refuse a mask on the CPU that counts less than two samples of `input`, unless there are none."""
+    if mask.is_cpu and input.numel() > 0 and (counted := int(mask.sum())) < 2:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got {counted} that the mask counts of an "
+            f"input of size {input.size()}"
+        )
+
+
 def _masked_batch_norm_act(
     mask: Tensor,
     residual: Tensor | None,
@@ -367,11 +376,8 @@ def _masked_batch_norm_act(
         *(input, running_mean, running_var, weight, bias, num_batches_tracked, residual, mask)
     )
     if not torch.compiler.is_compiling():
-        if native and mask.is_cpu and input.numel() > 0 and (counted := int(mask.sum())) < 2:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got {counted} that the mask counts of an "
-                f"input of size {input.size()}"
-            )
+        if native:
+            check_counted(mask, input)
         if is_recomputing():
             running_mean = running_var = num_batches_tracked = None
     running = (

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "_reference",
     },
     "renorm": {"modules", "functional", "autograd", "_operators", "_reference"},
+    "ghost": {"modules", "functional", "_extension", "_reference"},
     "__init__": {
         "_version",
         "_extension",
@@ -63,6 +64,7 @@ MAY_IMPORT = {
         "convert",
         "distributed",
         "renorm",
+        "ghost",
     },
     "__main__": {"_build", "_extension"},
 }

@@ -69,20 +69,22 @@ struct BatchNorm {
   bool training;
   double eps;
   std::optional<at::ScalarType> weight_type, bias_type;
+  int64_t parts;
 
   template <class Self, class Action>
   static void visit(Self& call, const Action& action) {
-    action(call.training), action(call.eps), action(call.weight_type), action(call.bias_type);
+    action(call.training), action(call.eps), action(call.weight_type), action(call.bias_type), action(call.parts);
   }
 
   static Tensor forward(const ForwardArguments& call) {
     const bool need_dx = call.input.requires_grad();
     const bool need_x = call.weight.requires_grad() || (call.training && need_dx);
-    const auto node = make_node(BatchNorm{call.training, call.eps, type_of(call.weight), type_of(call.bias)},
-                                call.input, call.weight, call.bias);
+    const auto node =
+        make_node(BatchNorm{call.training, call.eps, type_of(call.weight), type_of(call.bias), call.parts}, call.input,
+                  call.weight, call.bias);
     if (need_x) node->save(saved_input, call.input);
     if (need_dx) node->save(saved_weight, call.weight);
-    const Tensor statistics = empty_statistics(call.input, 2);
+    const Tensor statistics = empty_statistics(call.input, 2, call.parts);
     Tensor output = forward_call(call, rows_to_keep(statistics), nullptr).output;
     node->save(saved_statistics, statistics);
     torch::autograd::set_history(output, node);
@@ -98,9 +100,9 @@ struct BatchNorm {
       return differentiable("differentiable_backward", dy, optional(input), optional(weight), statistics.select(0, 0),
                             statistics.select(0, 1), training, eps, wanted[to_input], dweight_type, dbias_type);
     }
-    auto [dx, dresidual, dweight, dbias] = backward_call(
-        {dy, input, weight, saved_rows(statistics, 2, dy), training, wanted[to_input], dweight_type, dbias_type},
-        nullptr);
+    auto [dx, dresidual, dweight, dbias] = backward_call({dy, input, weight, saved_rows(statistics, 2, dy, parts),
+                                                          training, wanted[to_input], dweight_type, dbias_type, parts},
+                                                         nullptr);
     return {std::move(dx), std::move(dweight), std::move(dbias)};
   }
 };
@@ -251,7 +253,11 @@ bool accepted(const ForwardArguments& call) {
   if (call.running_mean.requires_grad() || call.running_var.requires_grad()) return false;
   if (!call.training) return call.running_mean.defined() && call.running_var.defined();
   const int64_t channels = input.size(1);  // none: the number of samples, one of which is too few, does not show
-  return call.running_mean.defined() == call.running_var.defined() && channels > 0 && input.numel() != channels;
+  if (call.running_mean.defined() != call.running_var.defined() || channels == 0) return false;
+  if (call.parts == 1) return input.numel() != channels;
+  // Of the smallest part, which cannot be empty.
+  const int64_t batch = input.size(0);
+  return batch >= call.parts && call.parts > 0 && input.numel() / batch * (batch / call.parts) > channels;
 }
 
 bool like(const Tensor& residual, const Tensor& input) {
@@ -273,7 +279,7 @@ bool is_recomputing() {
 ForwardArguments forward_arguments(Arguments& arguments, py::handle input, py::handle running_mean,
                                    py::handle running_var, py::handle weight, py::handle bias,
                                    py::handle num_batches_tracked, bool training, std::optional<double> momentum,
-                                   double eps, bool skip_nonfinite, int64_t correction) {
+                                   double eps, bool skip_nonfinite, int64_t correction, int64_t parts) {
   const bool recomputing = training && is_recomputing();
   const auto updated = [&](py::handle buffer) -> const Tensor& {
     const Tensor& tensor = arguments.take(buffer);
@@ -289,18 +295,20 @@ ForwardArguments forward_arguments(Arguments& arguments, py::handle input, py::h
           momentum,
           eps,
           skip_nonfinite,
-          correction};
+          correction,
+          parts};
 }
 
 }  // namespace
 
 py::object fast_path(py::handle input_arg, py::handle running_mean_arg, py::handle running_var_arg,
                      py::handle weight_arg, py::handle bias_arg, py::handle num_batches_tracked_arg, bool training,
-                     std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction) {
+                     std::optional<double> momentum, double eps, bool skip_nonfinite, int64_t correction,
+                     int64_t parts) {
   Arguments arguments;
   const ForwardArguments call =
       forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
-                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction);
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction, parts);
   const Tensor& input = call.input;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   Tensor output;
@@ -324,7 +332,7 @@ py::object fast_path_act(py::handle input_arg, py::handle residual_arg, py::hand
   const Tensor& residual = arguments.take(residual_arg);
   const ForwardArguments call =
       forward_arguments(arguments, input_arg, running_mean_arg, running_var_arg, weight_arg, bias_arg,
-                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction);
+                        num_batches_tracked_arg, training, momentum, eps, skip_nonfinite, correction, /*parts=*/1);
   const Tensor &input = call.input, &weight = call.weight, &bias = call.bias;
   if (!input.defined() || !arguments.plain() || !accepted(call)) return py::none();
   if (residual.defined() && !like(residual, input)) return py::none();

@@ -3,11 +3,82 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "bindings/device_call.h"
 
 namespace batchnorm_ext::bindings {
+namespace {
+
+// A part of a batch, which is a batch of its own: its shape, and how many bytes into a tensor and into vectors of all
+// parts it begins.
+struct Part {
+  Shape shape;
+  int64_t tensor_bytes, vector_bytes;
+
+  template <class Pointer>
+  static Pointer move(Pointer pointer, int64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + bytes;
+  }
+};
+
+// action(part) for each of `parts` parts of what dense_by_samples() returned.
+template <class Action>
+void for_each_part(const Tensor& dense_input, int64_t parts, const Action& action) {
+  const Shape whole = shape_of(dense_input);
+  const int64_t batch = dense_input.size(0), samples_each = whole.samples() / batch;
+  const int64_t vector_bytes =
+      whole.channels * static_cast<int64_t>(c10::elementSize(accumulate_type(dense_input.scalar_type())));
+  int64_t tensor_bytes = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t samples = (batch / parts + (part < batch % parts ? 1 : 0)) * samples_each;
+    const int64_t inner = whole.channels == 1 ? samples : whole.inner;
+    action(Part{{samples / inner, whole.channels, inner}, tensor_bytes, part * vector_bytes});
+    tensor_bytes += samples * whole.channels * static_cast<int64_t>(dense_input.element_size());
+  }
+}
+
+void run_parts(const ForwardParams& whole, const Tensor& x, int64_t parts) {
+  for_each_part(x, parts, [&](const Part& part) {
+    ForwardParams params = whole;
+    params.shape = part.shape;
+    params.x = Part::move(whole.x, part.tensor_bytes);
+    params.y = Part::move(whole.y, part.tensor_bytes);
+    params.mean = Part::move(whole.mean, part.vector_bytes);
+    params.inv_std = Part::move(whole.inv_std, part.vector_bytes);
+    run(params, x);
+  });
+}
+
+// What `whole` names as dweight and dbias becomes the sums over the parts.
+void run_parts(const BackwardParams& whole, const Tensor& x, int64_t parts, Gradients& result) {
+  const int64_t channels = whole.shape.channels;
+  const auto rows = [&](const Tensor& gradient) {
+    return gradient.defined() ? empty_beside(x, {parts, channels}, at::kDouble) : Tensor();
+  };
+  const Tensor dweights = rows(result.dweight), dbiases = rows(result.dbias);
+  int64_t index = 0;
+  for_each_part(x, parts, [&](const Part& part) {
+    BackwardParams params = whole;
+    params.shape = part.shape;
+    params.dy = Part::move(whole.dy, part.tensor_bytes);
+    params.x = Part::move(whole.x, part.tensor_bytes);
+    params.dx = Part::move(whole.dx, part.tensor_bytes);
+    params.mean = Part::move(whole.mean, part.vector_bytes);
+    params.inv_std = Part::move(whole.inv_std, part.vector_bytes);
+    const int64_t row = index++ * channels * static_cast<int64_t>(sizeof(double));
+    params.dweight.data = Part::move(mutable_channel_vector(dweights).data, row);
+    params.dbias.data = Part::move(mutable_channel_vector(dbiases).data, row);
+    params.dweight.dtype = params.dbias.dtype = DType::float64;
+    run(params, x);
+  });
+  if (dweights.defined()) result.dweight.copy_(dweights.sum(0));
+  if (dbiases.defined()) result.dbias.copy_(dbiases.sum(0));
+}
+
+}  // namespace
 
 Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, const Fusion* fusion) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -31,7 +102,7 @@ Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, c
   TORCH_CHECK(call.momentum.has_value() || !training || !running_mean.defined() || counter.defined(),
               "momentum=None needs num_batches_tracked");
 
-  const Tensor x = dense(input);
+  const Tensor x = call.parts > 1 ? dense_by_samples(input) : dense(input);
   const Tensor residual = fusion != nullptr ? checked_residual(fusion->residual, x) : Tensor();
   const auto weight = compact(call.weight), bias = compact(call.bias);
   const UpdatedBuffer updated_mean(running_mean), updated_var(running_var);
@@ -58,7 +129,11 @@ Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, c
   params.inv_std = kept.inv_std;
   params.shift = kept.shift;
   if (fusion != nullptr) result.mask = fuse(params, *fusion, residual, x);
-  run(params, x);
+  if (call.parts > 1) {
+    run_parts(params, x, call.parts);
+  } else {
+    run(params, x);
+  }
 
   if (training) {
     updated_mean.publish();
@@ -68,8 +143,8 @@ Normalized forward_call(const ForwardArguments& call, const KeptVectors& kept, c
   return result;
 }
 
-SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output) {
-  check_saved("statistics", statistics, {rows, channels_of(grad_output)}, grad_output);
+SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output, int64_t parts) {
+  check_saved("statistics", statistics, {rows, parts * channels_of(grad_output)}, grad_output);
   const char* const first = static_cast<const char*>(statistics.const_data_ptr());
   const int64_t row = statistics.size(1) * static_cast<int64_t>(statistics.element_size());
   return {first, first + row, rows > 2 ? first + 2 * row : nullptr};
@@ -90,7 +165,7 @@ Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusi
   TORCH_CHECK(fusion == nullptr || need_x || static_cast<int64_t>(fusion->strides.size()) == grad_output.dim(),
               "strides must be those of the output");
 
-  const Tensor x = need_x ? dense(input) : Tensor();
+  const Tensor x = !need_x ? Tensor() : call.parts > 1 ? dense_by_samples(input) : dense(input);
   const Tensor dy = need_x              ? dense_as(grad_output, x)
                     : fusion != nullptr ? dense(strided_as(grad_output, fusion->strides))
                                         : dense(grad_output);
@@ -116,7 +191,11 @@ Gradients backward_call(const BackwardArguments& call, const FusedBackward* fusi
   params.dbias = mutable_channel_vector(result.dbias);
   params.batch_statistics = call.training;
   if (fusion != nullptr) fuse(params, *fusion, residual, result.dresidual, dy);
-  run(params, dy);
+  if (call.parts > 1 && need_x) {
+    run_parts(params, x, call.parts, result);
+  } else {  // what does not depend on x does not depend on its parts
+    run(params, dy);
+  }
   return result;
 }
 

@@ -31,6 +31,10 @@ struct ForwardArguments {
   double eps;
   bool skip_nonfinite;
   int64_t correction;
+  // Of how many batches this one is made, as torch.tensor_split cuts it: each is normalised with its own statistics,
+  // and they update the running ones in turn. More than one only in training, without a fusion; kept vectors then have
+  // the values of all parts, one after the other.
+  int64_t parts = 1;
 };
 
 // The mask is undefined where it was not asked for.
@@ -45,7 +49,7 @@ struct SavedVectors {
   const void *mean, *inv_std, *shift;
 };
 
-SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output);
+SavedVectors saved_rows(const Tensor& statistics, int64_t rows, const Tensor& grad_output, int64_t parts = 1);
 
 struct BackwardArguments {
   const Tensor &grad_output, &input, &weight;
@@ -53,6 +57,7 @@ struct BackwardArguments {
   bool training;
   bool need_dx;
   std::optional<at::ScalarType> dweight_dtype, dbias_dtype;
+  int64_t parts = 1;  // as forward's
 };
 
 // Gradients of forward; those that were not asked for are undefined.

@@ -127,7 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Gradients of forward. Returns (dx, dweight, dbias), None where not asked for.");
   m.def("fast_path", &bindings::fast_path, py::arg("input"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("weight"), py::arg("bias"), py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"),
-        py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"),
+        py::arg("eps"), py::arg("skip_nonfinite"), py::arg("correction"), py::arg("parts") = 1,
         "One whole call with autograd, or None where Python must look closer.");
   m.def("forward_act", &bindings::forward_act, py::arg("input"), py::arg("residual"), py::arg("weight"),
         py::arg("bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),

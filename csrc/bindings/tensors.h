@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "core/params.h"
+#include "cpu/backend.h"
 
 namespace batchnorm_ext::bindings {
 
@@ -61,6 +62,12 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous(tensor.suggest_memory_format());
 }
 
+// The same, with each sample's elements side by side.
+inline Tensor dense_by_samples(const Tensor& tensor) {
+  const Tensor x = dense(tensor);
+  return x.size(0) <= 1 || x.stride(0) * x.size(0) == x.numel() ? x : x.contiguous();
+}
+
 // `tensor` with exactly these strides, where they matter.
 inline Tensor strided_as(const Tensor& tensor, at::IntArrayRef strides) {
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
@@ -89,7 +96,9 @@ inline Shape shape_of(const Tensor& dense_input) {
 // takes longer than a small batch norm.
 inline Tensor empty_like_dense(const Tensor& dense_input) {
   if (!dense_input.is_cpu()) return at::empty_like(dense_input);
-  return at::detail::empty_strided_cpu(dense_input.sizes(), dense_input.strides(), dense_input.scalar_type());
+  Tensor result = at::detail::empty_strided_cpu(dense_input.sizes(), dense_input.strides(), dense_input.scalar_type());
+  cpu::advise_huge_pages(result.mutable_data_ptr(), static_cast<int64_t>(result.nbytes()));
+  return result;
 }
 
 // For a result in the memory order of `operand`, which is `argument` or the call's own copy of it: the copy's memory,
@@ -121,8 +130,8 @@ inline Tensor statistics_to_compute(const Tensor& input, at::IntArrayRef sizes) 
 inline Tensor empty_statistic(const Tensor& input) {
   return statistics_to_compute(input, {channels_of(input)});
 }
-inline Tensor empty_statistics(const Tensor& input, int64_t rows) {
-  return statistics_to_compute(input, {rows, channels_of(input)});
+inline Tensor empty_statistics(const Tensor& input, int64_t rows, int64_t parts = 1) {
+  return statistics_to_compute(input, {rows, parts * channels_of(input)});
 }
 
 // A per-channel argument: absent, or one value per channel, on the input's device, in the input's type or the type that

@@ -1,4 +1,4 @@
-// The CPU backend's whole interface: two calls, run on threads that the caller provides.
+// The CPU backend's whole interface: calls that run on threads that the caller provides, and what goes with them.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,10 @@ void backward(const BackwardParams& params, const Executor& executor);
 // Of ForwardParams, `counted` only where this is so.
 bool sums_counted_runs();
 void join_statistics(const JoinParams& params, const Executor& executor);
+
+// Asks for huge pages behind a tensor that has just been allocated, if it is so large that allocators map it afresh for
+// each call: faulting it in by small pages costs several times what writing it does.
+void advise_huge_pages(void* data, int64_t bytes);
 
 // "avx512_bf16", "avx512", "avx2", "neon" or "baseline": what this process runs, capped by the environment variable
 // ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") as torch's own kernels are.

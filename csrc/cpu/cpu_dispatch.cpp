@@ -54,23 +54,6 @@ Threads threads_of(const Executor& executor) {
   return {executor.threads > 1 ? executor.threads : 1, &executor, run};
 }
 
-// Allocators map a tensor of this size afresh for each call, and faulting it in by small pages costs several times
-// what writing it does.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t always_fresh = 32 << 20;
-  constexpr uintptr_t page = 4096;
-  if (data == nullptr || bytes < always_fresh) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
-  // Advice only: a refusal changes nothing but speed.
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
 }  // namespace
 
 const char* instruction_set() {
@@ -79,6 +62,21 @@ const char* instruction_set() {
 
 bool sums_counted_runs() {
   return true;
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t always_fresh = 32 << 20;
+  constexpr uintptr_t page = 4096;
+  if (bytes < always_fresh) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
+  // Advice only: a refusal changes nothing but speed.
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 void forward(const ForwardParams& params, const Executor& executor) {
@@ -91,7 +89,6 @@ void forward(const ForwardParams& params, const Executor& executor) {
     call.record[1] = static_cast<double>(call.counted.all ? call.shape.samples() : call.counted.count);
   }
   if (call.shape.elements() == 0) return;
-  advise_huge_pages(call.y, call.shape.elements() * element_size(call.dtype));
   chosen().kernels->forward(call, threads_of(executor));
 }
 
@@ -103,9 +100,6 @@ void backward(const BackwardParams& params, const Executor& executor) {
     }
     return;
   }
-  const int64_t bytes = params.shape.elements() * element_size(params.dtype);
-  advise_huge_pages(params.dx, bytes);
-  advise_huge_pages(params.dresidual, bytes);
   chosen().kernels->backward(params, threads_of(executor));
 }
 

@@ -81,6 +81,8 @@ void join_statistics(const JoinParams& params, const Executor&) {
   cuda::join_statistics(params, nullptr);
 }
 
+void advise_huge_pages(void*, int64_t) {}
+
 const char* instruction_set() {
   return "emulated CUDA";
 }
