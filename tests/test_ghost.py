@@ -1,4 +1,4 @@
-"""Ghost batch norm: batch norm of each part of the batch in turn, to the bit, in one call."""
+"""Ghost batch norm: batch norm of each part of the batch in turn, in one call."""
 
 from __future__ import annotations
 
@@ -73,10 +73,7 @@ def in_parts(plain, x, size, mask=None):
 
 
 def assert_same_state(ghost, plain):
-    for (name, actual), expected in zip(
-        ghost.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        assert_bitwise(actual, expected, name)
+    torch.testing.assert_close(ghost.state_dict(), plain.state_dict(), equal_nan=True)
 
 
 @pytest.mark.parametrize("layout", **every(LAYOUTS))
@@ -93,15 +90,12 @@ def test_each_part_is_a_batch(shape, size, dtype, layout, device):
     assert y.dtype == dtype
     dx, *vectors = torch.autograd.grad(y, (x, ghost.weight, ghost.bias), dy)
     want_dx, *want_vectors = torch.autograd.grad(expected, (x, plain.weight, plain.bias), dy)
+    # Alignment, and a copy in another order, let kernels add up in another order.
+    torch.testing.assert_close((y, dx), (expected, want_dx))
+    assert_same_state(ghost, plain)
     if layout in (contiguous, channels_last):
-        assert_bitwise(y, expected, "y")
-        assert_bitwise(dx, want_dx, "dx")
-        assert_same_state(ghost, plain)
         strides = zip(y.stride(), x.stride(), shape, strict=True)
         assert all(one == other for one, other, extent in strides if extent > 1)
-    else:  # a copy in another order, whose sums may be rounded differently
-        torch.testing.assert_close((y, dx), (expected, want_dx))
-        torch.testing.assert_close(ghost.state_dict(), plain.state_dict())
     for gradient, want in zip(vectors, want_vectors, strict=True):
         assert gradient.dtype == parameters
         torch.testing.assert_close(gradient, want)
@@ -163,7 +157,7 @@ def test_options_of_batch_norm(options, device):
     for _ in range(2):
         x = torch.randn(shape, device=device)
         x[4, 1] = float("inf")
-        assert_bitwise(ghost(x), in_parts(plain, x, 3))
+        torch.testing.assert_close(ghost(x), in_parts(plain, x, 3), equal_nan=True)
         assert_same_state(ghost, plain)
 
 
@@ -186,13 +180,13 @@ def test_masks(device):
     x = torch.randn(shape, device=device, requires_grad=True)
     mask = torch.rand(8, 5, device=device) > 0.4
     y, expected = ghost(x, mask=mask), in_parts(plain, x, 3, mask)
-    assert_bitwise(y, expected)
+    torch.testing.assert_close(y, expected)
     assert_same_state(ghost, plain)
     dy = torch.randn(shape, device=device)
     for actual, wanted in zip(
         *(torch.autograd.grad(one, x, dy) for one in (y, expected)), strict=True
     ):
-        assert_bitwise(actual, wanted)
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_pooled_statistics_are_those_of_all_parts(device):
@@ -235,7 +229,7 @@ def test_a_part_of_one_value_is_normalised_as_in_evaluation(device):
     shape = (7, 3)
     ghost, plain = modules_for(shape, 2, device=device, on_single_value="running")
     x = torch.randn(shape, device=device)
-    assert_bitwise(ghost(x), in_parts(plain, x, 2))
+    torch.testing.assert_close(ghost(x), in_parts(plain, x, 2))
     assert_same_state(ghost, plain)
     assert ghost.num_batches_tracked.item() == 3
 
@@ -277,7 +271,7 @@ def test_saved_tensors_may_come_back_in_another_memory_order(device):
         y = ghost(x)
     dy = torch.randn(shape, device=device)
     gradient = torch.autograd.grad(y, x, dy)[0]
-    assert_bitwise(gradient, torch.autograd.grad(in_parts(plain, x, 4), x, dy)[0])
+    torch.testing.assert_close(gradient, torch.autograd.grad(in_parts(plain, x, 4), x, dy)[0])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -287,7 +281,7 @@ def test_checkpointing_updates_statistics_once(reentrant, device):
     x = torch.randn(shape, device=device, requires_grad=True)
     checkpoint(ghost, x, use_reentrant=reentrant).exp().sum().backward()
     expected = torch.autograd.grad(in_parts(plain, x, 2).exp().sum(), x)[0]
-    assert_bitwise(x.grad, expected)
+    torch.testing.assert_close(x.grad, expected)
     assert_same_state(ghost, plain)
 
 
