@@ -173,6 +173,32 @@ def test_an_infinite_element_stays_in_its_channel(layout, dtype, training, devic
         assert dweight[1] == math.copysign(math.inf, args.dy[1, 1, 2, 3])
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], ids=hex)
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@TWO_LAYOUTS
+def test_any_nan_of_a_vector_is_one_in_the_results(layout, dtype, name, bits, device):
+    """Also one whose bits a rounding to 16 bits carries over into those of a number."""
+    args = arguments((3, 67, 5, 13), dtype, device=device, layout=layout)
+    vectors = {
+        each: torch.rand(67, device=device) + 0.5
+        for each in ("running_mean", "running_var", "weight", "bias")
+    }
+    clean = {each: vector.clone() for each, vector in vectors.items()}
+    vectors[name][1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    results = []
+    for given in (vectors, clean):
+        x = args.x.detach().requires_grad_()
+        y = batch_norm(x, **given, training=name in ("weight", "bias"))
+        results.append((y.detach(), *torch.autograd.grad(y, x, args.dy)))
+    others = torch.arange(67, device=device) != 1
+    for (actual, expected), is_nan in zip(
+        zip(*results, strict=True), (True, name in ("weight", "running_var")), strict=True
+    ):
+        assert bool(actual[:, 1].isnan().all()) == is_nan
+        assert_bitwise(actual[:, others], expected[:, others])
+
+
 @TWO_LAYOUTS
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-38, 1e-42])
 def test_tiny_and_subnormal_inputs(magnitude, layout, device):

@@ -65,9 +65,10 @@ BN_HOST_DEVICE void store(float16* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16(a));
 }
 
+constexpr __mmask32 upper_halves = 0xaaaaaaaa;
+
 // One permutation puts each element in the upper half of a lane above zeros.
 BN_HOST_DEVICE F32 widen_bfloat16(__m256i bits) {
-  constexpr __mmask32 upper_halves = 0xaaaaaaaa;
   const __m512i order = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
                                          3, 0, 2, 0, 1, 0, 0, 0);
   return F32(_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper_halves, order, _mm512_castsi256_si512(bits))));
@@ -155,6 +156,34 @@ BN_HOST_DEVICE void add_pairs(BFloat16Pairs x, F32& s, F32& q) {
 #else
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
   return (__m256i)narrow_bfloat16(a);
+}
+
+template <>
+constexpr int stored_bytes<bfloat16> = 64;
+
+// Even and odd elements are already the halves of lanes.
+template <>
+constexpr bool prefers_even_odd<bfloat16> = true;
+
+BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_maskz_mov_epi16(upper_halves, both));
+}
+// Lanes whose upper halves are rounded to even, of numbers and of canonical NaN.
+BN_HOST_DEVICE __m512i round_number(F32 a) {
+  const UInt32s bits = (UInt32s)a.v;
+  return (__m512i)(bits + (bits >> 16 & 1u) + 0x7fffu);
+}
+BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
+  const __m512i low = (__m512i)((UInt32s)round_number(even) >> 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, round_number(odd)));
+}
+BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
+  const Int32s lanes = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const __m512 both = a.v;
+  a.v = _mm512_permutex2var_ps(both, (__m512i)lanes, b.v);
+  b.v = _mm512_permutex2var_ps(both, (__m512i)(lanes + 1), b.v);
 }
 #endif
 BN_HOST_DEVICE void store_first(bfloat16* p, int64_t count, F32 a) {

@@ -23,10 +23,6 @@ BN_HOST_DEVICE void store_two(E* p, Vec<accumulate_t<E>> a, Vec<accumulate_t<E>>
   store(p + Vec<accumulate_t<E>>::lanes, b);
 }
 
-// Whether two vectors hold the even and the odd elements of their run.
-template <class Map, class E>
-constexpr bool is_even_odd = prefers_even_odd<E> && Map::mask == MaskUse::none;
-
 template <class E, int count>
 struct Outputs {
   static constexpr bool streamed = false;
@@ -198,7 +194,7 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, 
   for (; i + unroll * lanes <= count; i += unroll * lanes) {
     for (int u = 0; u < unroll; u += 2) map_two_vectors(map, k, k, in, out, 0, mask, i + u * lanes);
   }
-  if constexpr (Out::streamed) {
+  if constexpr (Out::streamed || is_even_odd<Map, E>) {
     for (; i + 2 * lanes <= count; i += 2 * lanes) map_two_vectors(map, k, k, in, out, 0, mask, i);
   }
   for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
@@ -269,7 +265,7 @@ BN_CPU_NOINLINE void map_rows(const Map& map, Inputs<E, Map::inputs> in, Out out
         map_tile<Map, wide>(map, from, to, together, pitch, bits, mask_pitch, j, lanes, coefficients);
       }
     }
-    if constexpr (wide > 2 && Out::streamed) {
+    if constexpr (wide > 2 && (Out::streamed || is_even_odd<Map, E>)) {
       for (; j + 2 * lanes <= columns; j += 2 * lanes) {
         map_tile<Map, 2>(map, from, to, together, pitch, bits, mask_pitch, j, lanes, coefficients);
       }

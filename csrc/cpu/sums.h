@@ -61,6 +61,10 @@ struct Coefficients {
   const A* of[max_coefficients];
 };
 
+// Whether two vectors hold the even and the odd elements of their run.
+template <class Operation, class E>
+constexpr bool is_even_odd = prefers_even_odd<E> && Operation::mask == MaskUse::none;
+
 // `mask` moved on, if the operation has one.
 template <class Operation, class Byte>
 BN_HOST_DEVICE Byte* move_mask(Byte* mask, int64_t bytes) {
@@ -179,13 +183,25 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
     }
     sum.add(k, v, read_mask<Sum>(mask, at, some, k[0]), to.s, to.q);
   };
+  const auto add_two = [&](int64_t at, SumPair<A>& to, SumPair<A>& next_to) {
+    if constexpr (is_even_odd<Sum, E>) {
+      Vec<A> even[Sum::inputs], odd[Sum::inputs];
+      in.load_even_odd_vectors(at, even, odd);
+      sum.add(k, even, Flags<A>{}, to.s, to.q);
+      sum.add(k, odd, Flags<A>{}, next_to.s, next_to.q);
+    } else {
+      add(at, lanes, to);
+      add(at + lanes, lanes, next_to);
+    }
+  };
   int64_t i = 0;
   if constexpr (Sum::heavy) {
     for (; i < count; i += lanes) add(i, min(lanes, count - i), sums);
     return;
   }
   if constexpr (whole >= 0) {
-    for (int w = 0; w < whole; ++w) add(w * lanes, lanes, sums);
+    if constexpr (whole >= 2) add_two(0, sums, sums);
+    if constexpr (whole % 2 == 1) add((whole - 1) * lanes, lanes, sums);
     if (count > whole * lanes) add(whole * lanes, count - whole * lanes, sums);
     return;
   }
@@ -193,10 +209,13 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
     SumPair<A> partial[unroll];
     for (auto& pair : partial) pair = {Vec<A>(A(0)), Vec<A>(A(0))};
     for (; i + unroll * lanes <= count; i += unroll * lanes) {
-      for (int u = 0; u < unroll; ++u) add(i + u * lanes, lanes, partial[u]);
+      for (int u = 0; u < unroll; u += 2) add_two(i + u * lanes, partial[u], partial[u + 1]);
     }
     sums.s += (partial[0].s + partial[1].s) + (partial[2].s + partial[3].s);
     sums.q += (partial[0].q + partial[1].q) + (partial[2].q + partial[3].q);
+  }
+  if constexpr (is_even_odd<Sum, E>) {
+    for (; i + 2 * lanes <= count; i += 2 * lanes) add_two(i, sums, sums);
   }
   for (; i + lanes <= count; i += lanes) add(i, lanes, sums);
   if (i < count) add(i, count - i, sums);
