@@ -21,7 +21,7 @@ from oracle import BatchNorm, Exact, exact
 from tolerances import assert_matches
 from torch import nn
 
-from batchnorm_ext.functional import batch_norm
+from batchnorm_ext.functional import batch_norm, batch_norm_act
 
 TWO_LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last])
 
@@ -176,27 +176,27 @@ def test_an_infinite_element_stays_in_its_channel(layout, dtype, training, devic
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], ids=hex)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 @TWO_LAYOUTS
-def test_any_nan_of_a_vector_is_one_in_the_results(layout, dtype, name, bits, device):
-    """Also one whose bits a rounding to 16 bits carries over into those of a number."""
+def test_nan_of_any_bits_is_nan(layout, activation, dtype, name, bits, device):
+    """Also one whose bits a rounding to 16 bits would carry over into those of a number."""
     args = arguments((3, 67, 5, 13), dtype, device=device, layout=layout)
     vectors = {
         each: torch.rand(67, device=device) + 0.5
         for each in ("running_mean", "running_var", "weight", "bias")
     }
-    clean = {each: vector.clone() for each, vector in vectors.items()}
-    vectors[name][1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    training = name in ("weight", "bias")
+    residual = args.dy.flip(0) if activation == "relu" else None
     results = []
-    for given in (vectors, clean):
+    for nan in (torch.tensor(bits, dtype=torch.int32).view(torch.float32), math.nan):
+        given = {each: vector.clone() for each, vector in vectors.items()}
+        given[name][1] = nan
         x = args.x.detach().requires_grad_()
-        y = batch_norm(x, **given, training=name in ("weight", "bias"))
+        y = batch_norm_act(x, **given, training=training, residual=residual, activation=activation)
         results.append((y.detach(), *torch.autograd.grad(y, x, args.dy)))
-    others = torch.arange(67, device=device) != 1
-    for (actual, expected), is_nan in zip(
-        zip(*results, strict=True), (True, name in ("weight", "running_var")), strict=True
-    ):
-        assert bool(actual[:, 1].isnan().all()) == is_nan
-        assert_bitwise(actual[:, others], expected[:, others])
+    for actual, expected in zip(*results, strict=True):
+        assert_bitwise(actual, expected)
+    assert bool(results[0][0][:, 1].isnan().all())
 
 
 @TWO_LAYOUTS

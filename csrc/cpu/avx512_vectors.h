@@ -170,14 +170,15 @@ BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   odd.v = _mm512_castsi512_ps(_mm512_maskz_mov_epi16(upper_halves, both));
 }
-// Lanes whose upper halves are rounded to even, of numbers and of canonical NaN.
-BN_HOST_DEVICE __m512i round_number(F32 a) {
+// Lanes whose upper halves are rounded to even. NaN stays one whose lower half is clear, and there is no other (read()
+// in batch_norm_steps.h).
+BN_HOST_DEVICE __m512i round_to_upper_half(F32 a) {
   const UInt32s bits = (UInt32s)a.v;
   return (__m512i)(bits + (bits >> 16 & 1u) + 0x7fffu);
 }
 BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
-  const __m512i low = (__m512i)((UInt32s)round_number(even) >> 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, round_number(odd)));
+  const __m512i low = (__m512i)((UInt32s)round_to_upper_half(even) >> 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, round_to_upper_half(odd)));
 }
 BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   const Int32s lanes = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};

@@ -61,9 +61,14 @@ struct PartialSums {
 constexpr int64_t channels_at_once = 64;
 using ChannelValues = double[channels_at_once];
 
+// NaN is read as one whose float has a clear lower half, as those of 16-bit elements and of arithmetic have: the others
+// would become numbers where bfloat16 is rounded as though there were no NaN.
 BN_CPU_NOINLINE void read(const ChannelVector& vector, Range channels, double if_null, double* values) {
   const auto copy = [&](const auto* data) {
-    for (int64_t i = 0; i < channels.size(); ++i) values[i] = static_cast<double>(widen(data[channels.begin + i]));
+    for (int64_t i = 0; i < channels.size(); ++i) {
+      const double value = static_cast<double>(widen(data[channels.begin + i]));
+      values[i] = value == value ? value : __builtin_nan("");
+    }
   };
   if (vector.data == nullptr) {
     for (int64_t i = 0; i < channels.size(); ++i) values[i] = if_null;
@@ -130,19 +135,6 @@ inline bool all_zero(const A* values, Range channels) {
   int64_t others = 0;
   for (int64_t c = channels.begin; c < channels.end; ++c) others += values[c] == A(0) ? 0 : 1;
   return others == 0;
-}
-
-// NaN made one that store_even_odd knows, where results are stored so. Numbers give no other, nor do elements of E: the
-// bits that E does not have are clear.
-template <class E, class... Arrays>
-inline void make_canonical(Range channels, Arrays... arrays) {
-  const auto make = [&](auto* values) {
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      using A = std::decay_t<decltype(values[c])>;
-      values[c] = values[c] == values[c] ? values[c] : static_cast<A>(__builtin_nan(""));
-    }
-  };
-  if constexpr (prefers_even_odd<E>) (make(arrays), ...);
 }
 
 // ---- Order of the steps ----
@@ -551,7 +543,6 @@ inline void forward(const ForwardParams& params, const Threads& threads) {
           k_of[2][copy][begin + i] = fold ? static_cast<A>(shift) : k_of[2][copy][begin + i];
         }
       }
-      make_canonical<E>(channels, k_of[0][copy], k_of[1][copy], k_of[2][copy]);
       if (A* const shift = static_cast<A*>(params.shift); shift != nullptr && copy == 0) {
         for (int64_t i = 0; i < size; ++i) shift[begin + i] = k_of[2][0][begin + i];
       }
@@ -687,20 +678,17 @@ inline void backward(const BackwardParams& params, const Threads& threads) {
       mean_dy[copy][c] = k.mean_dy;
       x_scale[copy][c] = params.x_is_output ? k.x_scale / scale[c] : k.x_scale;
     }
-    if (fold_any) {
-      for (int64_t i = 0; i < channels.size(); ++i) {
-        const int64_t c = channels.begin + i;
-        const double deviations = static_cast<double>(mean[c]) * static_cast<double>(inv_std[c]);
-        const bool fold = !params.x_is_output && may_be_folded(deviations, 1.0);
-        const double means = static_cast<double>(mean[c]) * static_cast<double>(x_scale[copy][c]) - sum_dy[i] / count;
-        dx_center[copy][c] = fold ? A(0) : center[c];
-        mean_dy[copy][c] = fold ? A(0) : mean_dy[copy][c];
-        dx_shift[copy][c] = fold ? static_cast<A>(means * static_cast<double>(dy_scale[copy][c])) : A(0);
-        x_scale[copy][c] = -x_scale[copy][c];
-      }
-      make_canonical<E>(channels, dx_center[copy], dx_shift[copy]);
+    if (!fold_any) return;
+    for (int64_t i = 0; i < channels.size(); ++i) {
+      const int64_t c = channels.begin + i;
+      const double deviations = static_cast<double>(mean[c]) * static_cast<double>(inv_std[c]);
+      const bool fold = !params.x_is_output && may_be_folded(deviations, 1.0);
+      const double means = static_cast<double>(mean[c]) * static_cast<double>(x_scale[copy][c]) - sum_dy[i] / count;
+      dx_center[copy][c] = fold ? A(0) : center[c];
+      mean_dy[copy][c] = fold ? A(0) : mean_dy[copy][c];
+      dx_shift[copy][c] = fold ? static_cast<A>(means * static_cast<double>(dy_scale[copy][c])) : A(0);
+      x_scale[copy][c] = -x_scale[copy][c];
     }
-    make_canonical<E>(channels, dy_scale[copy], mean_dy[copy], x_scale[copy]);
   };
   const auto set_without_sums = [&](Range all) __attribute__((noinline)) {
     const ChannelValues zeros{};

@@ -51,16 +51,12 @@ BN_HOST_DEVICE F32 widen_bits(__m128i bits, bfloat16) {
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, float16) {
   return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
 }
-// Lanes whose upper halves are rounded to even, of numbers and of canonical NaN.
-BN_HOST_DEVICE __m256i round_number(F32 a) {
+// Lanes whose upper halves are rounded to even. NaN stays one whose lower half is clear, and there is no other (read()
+// in batch_norm_steps.h).
+BN_HOST_DEVICE __m256i round_to_upper_half(F32 a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
-}
-// The same of any NaN, which becomes the one with all bits set.
-BN_HOST_DEVICE __m256i round_to_upper_half(F32 a) {
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  return _mm256_or_si256(round_number(a), is_nan);
 }
 // Packing takes 128 bits of each in turn.
 BN_HOST_DEVICE __m256i pack_upper_halves(__m256i a, __m256i b) {
@@ -104,8 +100,8 @@ BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
-  const __m256i low = _mm256_srli_epi32(round_number(even), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, round_number(odd), 0xaa));
+  const __m256i low = _mm256_srli_epi32(round_to_upper_half(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, round_to_upper_half(odd), 0xaa));
 }
 BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   const auto halves = [&](__m256 pairs) {

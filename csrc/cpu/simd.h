@@ -225,8 +225,7 @@ template <class E>
 constexpr bool has_dot_products = false;
 
 // Whether two vectors of E are sooner loaded and stored as the even and the odd elements; an instruction set where they
-// are brings load_even_odd, store_even_odd, which knows no NaN but those that canonical() leaves, and, for two vectors
-// one behind the other, to_even_odd.
+// are brings load_even_odd, store_even_odd and, for two vectors one behind the other, to_even_odd.
 template <class E>
 constexpr bool prefers_even_odd = false;
 
