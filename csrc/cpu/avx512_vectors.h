@@ -112,9 +112,6 @@ BN_HOST_DEVICE void store_first(float16* p, int64_t count, F32 a) {
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
   return (__m256i)_mm512_cvtneps_pbh(a.v);
 }
-BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16_bits(a));
-}
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
@@ -154,8 +151,16 @@ BN_HOST_DEVICE void add_pairs(BFloat16Pairs x, F32& s, F32& q) {
   q.v = _mm512_dpbf16_ps(q.v, (__m512bh)x.v, (__m512bh)x.v);
 }
 #else
+BN_HOST_DEVICE __m512i round_to_upper_half(F32 a) {
+  return (__m512i)rounded_to_upper_half(a);
+}
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
-  return (__m256i)narrow_bfloat16(a);
+  return _mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)(rounded_to_upper_half(a) >> 16));
+}
+BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
+  const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_upper_half(a), order, round_to_upper_half(b)));
 }
 
 template <>
@@ -170,14 +175,8 @@ BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   odd.v = _mm512_castsi512_ps(_mm512_maskz_mov_epi16(upper_halves, both));
 }
-// Lanes whose upper halves are rounded to even. NaN stays one whose lower half is clear, and there is no other (read()
-// in batch_norm_steps.h).
-BN_HOST_DEVICE __m512i round_to_upper_half(F32 a) {
-  const UInt32s bits = (UInt32s)a.v;
-  return (__m512i)(bits + (bits >> 16 & 1u) + 0x7fffu);
-}
 BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
-  const __m512i low = (__m512i)((UInt32s)round_to_upper_half(even) >> 16);
+  const __m512i low = (__m512i)(rounded_to_upper_half(even) >> 16);
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, round_to_upper_half(odd)));
 }
 BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
@@ -187,6 +186,9 @@ BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   b.v = _mm512_permutex2var_ps(both, (__m512i)(lanes + 1), b.v);
 }
 #endif
+BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16_bits(a));
+}
 BN_HOST_DEVICE void store_first(bfloat16* p, int64_t count, F32 a) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), narrow_bfloat16_bits(a));
 }

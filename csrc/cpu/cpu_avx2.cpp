@@ -21,7 +21,6 @@
 #define BN_CPU_ISA avx2
 #define BN_CPU_VECTOR_BYTES 32
 #define BN_CPU_HAS_CONVERSIONS
-#define BN_CPU_HAS_BFLOAT16_CONVERSION
 #include "cpu/simd.h"
 
 namespace batchnorm_ext::cpu::avx2 {
@@ -51,12 +50,8 @@ BN_HOST_DEVICE F32 widen_bits(__m128i bits, bfloat16) {
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, float16) {
   return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
 }
-// Lanes whose upper halves are rounded to even. NaN stays one whose lower half is clear, and there is no other (read()
-// in batch_norm_steps.h).
 BN_HOST_DEVICE __m256i round_to_upper_half(F32 a) {
-  const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+  return (__m256i)rounded_to_upper_half(a);
 }
 // Packing takes 128 bits of each in turn.
 BN_HOST_DEVICE __m256i pack_upper_halves(__m256i a, __m256i b) {

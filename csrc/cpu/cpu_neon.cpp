@@ -13,7 +13,6 @@
 #define BN_CPU_ISA neon
 #define BN_CPU_VECTOR_BYTES 16
 #define BN_CPU_HAS_CONVERSIONS
-#define BN_CPU_HAS_BFLOAT16_CONVERSION
 #include "cpu/simd.h"
 
 namespace batchnorm_ext::cpu::neon {
@@ -59,13 +58,8 @@ BN_HOST_DEVICE F32 widen_bits(uint16x4_t bits, bfloat16) {
 BN_HOST_DEVICE uint16x4_t narrow_bits(F32 a, float16) {
   return vreinterpret_u16_f16(vcvt_f16_f32(to_neon(a)));
 }
-// Lanes whose upper halves are rounded to even. NaN becomes the one with all bits set.
 BN_HOST_DEVICE uint32x4_t round_to_upper_half(F32 a) {
-  const float32x4_t v = to_neon(a);
-  const uint32x4_t bits = vreinterpretq_u32_f32(v);
-  const uint32x4_t is_odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(is_odd, vdupq_n_u32(0x7fff)));
-  return vornq_u32(rounded, vceqq_f32(v, v));
+  return (uint32x4_t)rounded_to_upper_half(a);
 }
 BN_HOST_DEVICE uint16x4_t narrow_bits(F32 a, bfloat16) {
   return vshrn_n_u32(round_to_upper_half(a), 16);

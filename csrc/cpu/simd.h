@@ -147,14 +147,18 @@ BN_HOST_DEVICE void store(float* p, F32 a) {
   __builtin_memcpy(p, &a.v, sizeof(a.v));
 }
 
-// The conversions of core/dtype.h, lane by lane.
-BN_HOST_DEVICE UInt16s narrow_bfloat16(F32 a) {
+// Lanes whose upper halves, which are bfloat16, are rounded to even. NaN stays one whose lower half is clear, and there
+// is no other (read() in batch_norm_steps.h).
+BN_HOST_DEVICE UInt32s rounded_to_upper_half(F32 a) {
   const UInt32s bits = (UInt32s)a.v;
-  const UInt32s rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return __builtin_convertvector(a.v == a.v ? rounded : (UInt32s{} + 0x7fc0u), UInt16s);
+  return bits + ((bits >> 16 & 1u) + 0x7fffu);
 }
 
 #if !defined(BN_CPU_HAS_CONVERSIONS)
+// The conversions of core/dtype.h, lane by lane.
+BN_HOST_DEVICE UInt16s narrow_bfloat16(F32 a) {
+  return __builtin_convertvector(rounded_to_upper_half(a) >> 16, UInt16s);
+}
 BN_HOST_DEVICE F32 widen_bfloat16(UInt16s bits) {
   return F32((F32::Native)(__builtin_convertvector(bits, UInt32s) << 16));
 }
@@ -190,9 +194,6 @@ BN_HOST_DEVICE void store(float16* p, F32 a) {
   const UInt16s bits = narrow_float16(a);
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
-#endif
-
-#if !defined(BN_CPU_HAS_BFLOAT16_CONVERSION)
 BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   const UInt16s bits = narrow_bfloat16(a);
   __builtin_memcpy(p, &bits, sizeof(bits));
