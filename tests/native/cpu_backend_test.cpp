@@ -1040,6 +1040,35 @@ void test_conversions() {
   check(same, "conversion of dtype " + std::to_string(int(DTypeOf<E>::value)));
 }
 
+// Also NaN whose bits a rounding to 16 bits would carry over into those of a number.
+template <class E>
+void test_nan_of_a_weight_is_nan() {
+  constexpr int64_t samples = 67;
+  Tensor<E> x(2 * samples), y(2 * samples);
+  for (int64_t i = 0; i < 2 * samples; ++i) x.set(i, static_cast<double>(i));
+  for (const uint32_t bits : {0x7fffffffu, 0xffffffffu, 0x7f800001u}) {
+    float weight[2] = {1.0f, 0.0f}, running[2] = {0.5f, 0.5f};
+    std::memcpy(&weight[1], &bits, sizeof(bits));
+    for (const Shape shape : {Shape{1, 2, samples}, Shape{samples, 2, 1}}) {
+      ForwardParams params{};
+      params.shape = shape;
+      params.dtype = DTypeOf<E>::value;
+      params.x = x.data();
+      params.y = y.data();
+      params.weight = {weight, DType::float32};
+      params.running.mean = params.running.variance = {running, DType::float32};
+      params.eps = 1e-5;
+      cpu::forward(params, executor_with(1));
+      bool right = true;
+      for (int64_t i = 0; i < 2 * samples; ++i) {
+        const bool of_weight = (shape.inner == 1 ? i % 2 : i / samples) == 1;
+        right = right && std::isnan(y.at(i)) == of_weight;
+      }
+      check(right, "NaN of a weight, dtype " + std::to_string(int(DTypeOf<E>::value)));
+    }
+  }
+}
+
 void test_small_tensors_stay_on_the_calling_thread() {
   Case<float> c({2, 4, 4});
   int64_t runs = 0;
@@ -1092,6 +1121,9 @@ void test_all() {
   test_empty();
   test_conversions<float16>();
   test_conversions<bfloat16>();
+  test_nan_of_a_weight_is_nan<float>();
+  test_nan_of_a_weight_is_nan<float16>();
+  test_nan_of_a_weight_is_nan<bfloat16>();
   test_small_tensors_stay_on_the_calling_thread();
 }
 
