@@ -43,6 +43,15 @@ struct Outputs {
     return common;
   }
 
+  template <int inputs>
+  BN_HOST_DEVICE bool takes_place_of(const Inputs<E, inputs>& in) const {
+    bool same = false;
+    for (int n = 0; n < count; ++n) {
+      for (int i = 0; i < inputs; ++i) same = same || (has(n) && of[n] == in.of[i]);
+    }
+    return same;
+  }
+
   BN_HOST_DEVICE Outputs at(int64_t offset) const {
     Outputs moved;
     for (int n = 0; n < count; ++n) moved.of[n] = has(n) ? of[n] + offset : nullptr;
@@ -166,6 +175,15 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, 
   constexpr int unroll = 4;
   Vec<A> k[Map::coefficients];
   for (int n = 0; n < Map::coefficients; ++n) k[n] = Vec<A>(coefficients.of[n][channel]);
+  // The elements from `at` on, less than a vector.
+  const auto map_last = [&](int64_t at) {
+    if constexpr (ends_in_whole_vectors<E> && Map::mask == MaskUse::none && !Out::streamed) {
+      if (count >= lanes && !out.takes_place_of(in)) {
+        return map_vector(map, k, in, out, 0, mask, count - lanes, lanes);
+      }
+    }
+    map_vector(map, k, in, out, 0, mask, at, count - at);
+  };
   int64_t i = 0;
   if constexpr (Map::heavy) {
     for (; i < count; i += lanes) map_vector(map, k, in, out, 0, mask, i, min(lanes, count - i));
@@ -175,7 +193,7 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, 
   if constexpr (whole >= 0) {
     if constexpr (whole >= 2) map_two_vectors(map, k, k, in, out, 0, mask, 0);
     if constexpr (whole % 2 == 1) map_vector(map, k, in, out, 0, mask, (whole - 1) * lanes, lanes);
-    if (count > whole * lanes) map_vector(map, k, in, out, 0, mask, whole * lanes, count - whole * lanes);
+    if (count > whole * lanes) map_last(whole * lanes);
     return;
   }
   if constexpr (Out::streamed || (sizeof(E) == sizeof(A) && Map::mask == MaskUse::none)) {
@@ -198,7 +216,7 @@ BN_HOST_DEVICE void map_run(const Map& map, Inputs<E, Map::inputs> in, Out out, 
     for (; i + 2 * lanes <= count; i += 2 * lanes) map_two_vectors(map, k, k, in, out, 0, mask, i);
   }
   for (; i + lanes <= count; i += lanes) map_vector(map, k, in, out, 0, mask, i, lanes);
-  if (i < count) map_vector(map, k, in, out, 0, mask, i, count - i);
+  if (i < count) map_last(i);
 }
 
 // A run of `count` in each of the channels, which are `pitch` elements and `mask_pitch` bytes of the mask apart. All

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/activation.h"
 #include "core/dtype.h"
@@ -125,6 +126,25 @@ BN_HOST_DEVICE void from_bits(uint32_t bits, Flags<A>& flags) {
   for (int i = 0; i < Vec<A>::lanes; ++i) own[i] = 1 << i;
   flags.v = (Signed)((((Signed{} + static_cast<int32_t>(bits)) & own) != 0));
 }
+
+// Flags of the last `count` < lanes lanes of a vector.
+template <class A>
+struct ClearThenSet {
+  using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
+  Lane of[2 * Vec<A>::lanes];
+
+  constexpr ClearThenSet() : of{} {
+    for (int i = Vec<A>::lanes; i < 2 * Vec<A>::lanes; ++i) of[i] = -1;
+  }
+};
+template <class A>
+BN_HOST_DEVICE Flags<A> last_lanes(Vec<A>, int64_t count) {
+  static constexpr ClearThenSet<A> lanes;
+  Flags<A> flags;
+  __builtin_memcpy(&flags.v, lanes.of + count, sizeof(flags.v));
+  return flags;
+}
 #endif
 
 template <class To, class From>
@@ -218,6 +238,16 @@ BN_HOST_DEVICE void store_first(E* p, int64_t count, Vec<accumulate_t<E>> a) {
   store(values, a);
   for (int64_t i = 0; i < count; ++i) p[i] = narrow<E>(values[i]);
 }
+#endif
+
+// Whether the elements of a run that are no whole vector are sooner taken from its last vector, of which the others are
+// left out or computed once more, than by themselves: where they are converted one by one.
+template <class E>
+constexpr bool ends_in_whole_vectors =
+#if defined(BN_CPU_HAS_MASKS)
+    false;
+#else
+    sizeof(E) < sizeof(accumulate_t<E>);
 #endif
 
 // Whether sums of E and of its squares can be added up in pairs; an instruction set that can brings load_pairs,

@@ -194,6 +194,19 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
       add(at + lanes, lanes, next_to);
     }
   };
+  // The elements from `at` on, less than a vector.
+  const auto add_last = [&](int64_t at) {
+    if constexpr (ends_in_whole_vectors<E> && Sum::mask == MaskUse::none) {
+      if (count >= lanes) {
+        Vec<A> v[Sum::inputs];
+        in.load_vectors(count - lanes, v);
+        for (Vec<A>& one : v) one = select(last_lanes(one, count - at), one, Sum::neutral(k[0]));
+        sum.add(k, v, Flags<A>{}, sums.s, sums.q);
+        return;
+      }
+    }
+    add(at, count - at, sums);
+  };
   int64_t i = 0;
   if constexpr (Sum::heavy) {
     for (; i < count; i += lanes) add(i, min(lanes, count - i), sums);
@@ -202,7 +215,7 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
   if constexpr (whole >= 0) {
     if constexpr (whole >= 2) add_two(0, sums, sums);
     if constexpr (whole % 2 == 1) add((whole - 1) * lanes, lanes, sums);
-    if (count > whole * lanes) add(whole * lanes, count - whole * lanes, sums);
+    if (count > whole * lanes) add_last(whole * lanes);
     return;
   }
   if (count >= unroll * lanes) {
@@ -218,7 +231,7 @@ BN_HOST_DEVICE void sum_run(const Sum& sum, Inputs<E, Sum::inputs> in, const uin
     for (; i + 2 * lanes <= count; i += 2 * lanes) add_two(i, sums, sums);
   }
   for (; i + lanes <= count; i += lanes) add(i, lanes, sums);
-  if (i < count) add(i, count - i, sums);
+  if (i < count) add_last(i);
 }
 
 // `rows` rows added to the sums of `wide` vectors of columns, which stay in registers meanwhile. Of a single vector,
