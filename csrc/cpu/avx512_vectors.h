@@ -1,5 +1,5 @@
-// What AVX-512 does better than the compiler's vectors: fused multiply-add, float16 conversion and masked ends of runs;
-// with BN_CPU_HAS_BFLOAT16_CONVERSION, bfloat16 conversion and dot products too.
+// What AVX-512 does better than the compiler's vectors: fused multiply-add, conversions and masked ends of runs; with
+// BN_CPU_HAS_BFLOAT16_CONVERSION, bfloat16 by its own conversion and dot products.
 #pragma once
 
 #define BN_CPU_VECTOR_BYTES 64

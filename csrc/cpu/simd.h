@@ -127,7 +127,6 @@ BN_HOST_DEVICE void from_bits(uint32_t bits, Flags<A>& flags) {
   flags.v = (Signed)((((Signed{} + static_cast<int32_t>(bits)) & own) != 0));
 }
 
-// Flags of the last `count` < lanes lanes of a vector.
 template <class A>
 struct ClearThenSet {
   using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
@@ -138,6 +137,7 @@ struct ClearThenSet {
     for (int i = Vec<A>::lanes; i < 2 * Vec<A>::lanes; ++i) of[i] = -1;
   }
 };
+// The last `count` < lanes lanes of a vector.
 template <class A>
 BN_HOST_DEVICE Flags<A> last_lanes(Vec<A>, int64_t count) {
   static constexpr ClearThenSet<A> lanes;
