@@ -151,16 +151,14 @@ BN_HOST_DEVICE void add_pairs(BFloat16Pairs x, F32& s, F32& q) {
   q.v = _mm512_dpbf16_ps(q.v, (__m512bh)x.v, (__m512bh)x.v);
 }
 #else
-BN_HOST_DEVICE __m512i round_to_upper_half(F32 a) {
-  return (__m512i)rounded_to_upper_half(a);
-}
 BN_HOST_DEVICE __m256i narrow_bfloat16_bits(F32 a) {
-  return _mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)(rounded_to_upper_half(a) >> 16));
+  return _mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)(round_to_upper_half(a) >> 16));
 }
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
   const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_upper_half(a), order, round_to_upper_half(b)));
+  _mm512_storeu_si512(
+      p, _mm512_permutex2var_epi16((__m512i)round_to_upper_half(a), order, (__m512i)round_to_upper_half(b)));
 }
 
 template <>
@@ -176,8 +174,8 @@ BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   odd.v = _mm512_castsi512_ps(_mm512_maskz_mov_epi16(upper_halves, both));
 }
 BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
-  const __m512i low = (__m512i)(rounded_to_upper_half(even) >> 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, round_to_upper_half(odd)));
+  const __m512i low = (__m512i)(round_to_upper_half(even) >> 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(upper_halves, low, (__m512i)round_to_upper_half(odd)));
 }
 BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   const Int32s lanes = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};

@@ -50,16 +50,13 @@ BN_HOST_DEVICE F32 widen_bits(__m128i bits, bfloat16) {
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, float16) {
   return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
 }
-BN_HOST_DEVICE __m256i round_to_upper_half(F32 a) {
-  return (__m256i)rounded_to_upper_half(a);
-}
 // Packing takes 128 bits of each in turn.
 BN_HOST_DEVICE __m256i pack_upper_halves(__m256i a, __m256i b) {
   const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 BN_HOST_DEVICE __m128i narrow_bits(F32 a, bfloat16) {
-  const __m256i rounded = round_to_upper_half(a);
+  const __m256i rounded = (__m256i)round_to_upper_half(a);
   return _mm256_castsi256_si128(pack_upper_halves(rounded, rounded));
 }
 
@@ -80,7 +77,8 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bits(a, bfloat16{}));
 }
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack_upper_halves(round_to_upper_half(a), round_to_upper_half(b)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      pack_upper_halves((__m256i)round_to_upper_half(a), (__m256i)round_to_upper_half(b)));
 }
 template <>
 constexpr int stored_bytes<bfloat16> = 32;
@@ -95,8 +93,8 @@ BN_HOST_DEVICE void load_even_odd(const bfloat16* p, F32& even, F32& odd) {
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 BN_HOST_DEVICE void store_even_odd(bfloat16* p, F32 even, F32 odd) {
-  const __m256i low = _mm256_srli_epi32(round_to_upper_half(even), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, round_to_upper_half(odd), 0xaa));
+  const __m256i low = _mm256_srli_epi32((__m256i)round_to_upper_half(even), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, (__m256i)round_to_upper_half(odd), 0xaa));
 }
 BN_HOST_DEVICE void to_even_odd(F32& a, F32& b) {
   const auto halves = [&](__m256 pairs) {

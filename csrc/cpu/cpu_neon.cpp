@@ -58,11 +58,8 @@ BN_HOST_DEVICE F32 widen_bits(uint16x4_t bits, bfloat16) {
 BN_HOST_DEVICE uint16x4_t narrow_bits(F32 a, float16) {
   return vreinterpret_u16_f16(vcvt_f16_f32(to_neon(a)));
 }
-BN_HOST_DEVICE uint32x4_t round_to_upper_half(F32 a) {
-  return (uint32x4_t)rounded_to_upper_half(a);
-}
 BN_HOST_DEVICE uint16x4_t narrow_bits(F32 a, bfloat16) {
-  return vshrn_n_u32(round_to_upper_half(a), 16);
+  return vshrn_n_u32((uint32x4_t)round_to_upper_half(a), 16);
 }
 
 BN_HOST_DEVICE const uint16_t* bits_of(const void* p) {
@@ -85,8 +82,8 @@ BN_HOST_DEVICE void store(bfloat16* p, F32 a) {
   vst1_u16(bits_of(p), narrow_bits(a, bfloat16{}));
 }
 BN_HOST_DEVICE void store_two(bfloat16* p, F32 a, F32 b) {
-  const uint16x8_t first = vreinterpretq_u16_u32(round_to_upper_half(a));
-  const uint16x8_t second = vreinterpretq_u16_u32(round_to_upper_half(b));
+  const uint16x8_t first = vreinterpretq_u16_u32((uint32x4_t)round_to_upper_half(a));
+  const uint16x8_t second = vreinterpretq_u16_u32((uint32x4_t)round_to_upper_half(b));
   vst1q_u16(bits_of(p), vuzp2q_u16(first, second));
 }
 

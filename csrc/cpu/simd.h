@@ -169,7 +169,7 @@ BN_HOST_DEVICE void store(float* p, F32 a) {
 
 // Lanes whose upper halves, which are bfloat16, are rounded to even. NaN stays one whose lower half is clear, and there
 // is no other (read() in batch_norm_steps.h).
-BN_HOST_DEVICE UInt32s rounded_to_upper_half(F32 a) {
+BN_HOST_DEVICE UInt32s round_to_upper_half(F32 a) {
   const UInt32s bits = (UInt32s)a.v;
   return bits + ((bits >> 16 & 1u) + 0x7fffu);
 }
@@ -177,7 +177,7 @@ BN_HOST_DEVICE UInt32s rounded_to_upper_half(F32 a) {
 #if !defined(BN_CPU_HAS_CONVERSIONS)
 // The conversions of core/dtype.h, lane by lane.
 BN_HOST_DEVICE UInt16s narrow_bfloat16(F32 a) {
-  return __builtin_convertvector(rounded_to_upper_half(a) >> 16, UInt16s);
+  return __builtin_convertvector(round_to_upper_half(a) >> 16, UInt16s);
 }
 BN_HOST_DEVICE F32 widen_bfloat16(UInt16s bits) {
   return F32((F32::Native)(__builtin_convertvector(bits, UInt32s) << 16));
