@@ -171,3 +171,14 @@ def arguments(
         statistics[1] if running else None,
         dy,
     )
+
+
+def with_random_state(module: torch.nn.Module) -> torch.nn.Module:
+    """The batch norm with parameters and running statistics that are not the initial ones."""
+    with torch.no_grad():
+        for name, values in module.state_dict().items():
+            if values.is_floating_point():
+                values.normal_()
+                if name == "running_var":
+                    values.abs_().add_(0.2)
+    return module

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from checks import assert_bitwise
-from inputs import channels_last, contiguous, every
+from inputs import channels_last, contiguous, every, with_random_state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,15 +47,10 @@ LAYOUTS = {
 
 def modules_for(shape, size, *, dtype=torch.float32, device="cpu", **options):
     """A ghost batch norm and a plain one, both with the same parameters and statistics, not the initial ones."""
-    ghost = GHOST[len(shape)](
-        shape[1], virtual_batch_size=size, device=device, dtype=dtype, **options
+    kind = GHOST[len(shape)]
+    ghost = with_random_state(
+        kind(shape[1], virtual_batch_size=size, device=device, dtype=dtype, **options)
     )
-    with torch.no_grad():
-        for name, values in ghost.state_dict().items():
-            if values.is_floating_point():
-                values.normal_()
-                if name == "running_var":
-                    values.abs_().add_(0.2)
     plain = PLAIN[len(shape)](shape[1], device=device, dtype=dtype, **options)
     plain.load_state_dict(ghost.state_dict())
     return ghost, plain

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from checks import assert_bitwise
-from inputs import channels_last, contiguous
+from inputs import channels_last, contiguous, with_random_state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,14 +25,7 @@ BOUNDS = {"free": (1e9, 1e9), "paper": (3.0, 5.0), "tight": (1.1, 0.2), "none": 
 
 def module_for(shape, dtype=torch.float32, device="cpu", **options):
     """A module whose parameters and running statistics are not the initial ones."""
-    module = OURS[len(shape)](shape[1], device=device, dtype=dtype, **options)
-    with torch.no_grad():
-        for name, values in module.state_dict().items():
-            if values.is_floating_point():
-                values.normal_()
-                if name == "running_var":
-                    values.abs_().add_(0.2)
-    return module
+    return with_random_state(OURS[len(shape)](shape[1], device=device, dtype=dtype, **options))
 
 
 def exact(module, x, dy):
